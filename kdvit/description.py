@@ -1,0 +1,69 @@
+"""The page behind `Distiller.describe`."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from kdvit.cost import human, num_macs, num_parameters
+
+if TYPE_CHECKING:
+    from kdvit.distiller import Distiller
+    from kdvit.wrappers import Wrapper
+
+
+def describe(distiller: Distiller) -> str:
+    """Models, losses with what they read and train, bridges, and parameters that no loss reaches."""
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    models = Table("", "model", "input", "parameters", "MACs", "normalisation", title="models", title_justify="left")
+    for role, wrapper in (("student", distiller.student), ("teacher", distiller.teacher)):
+        if wrapper is not None:
+            models.add_row(role, *_model_row(wrapper))
+    console.print(models)
+    losses = Table("loss", "weight", "reads", "at", "shape", "trains", title="losses", title_justify="left")
+    if distiller.task_loss is not None:
+        losses.add_row("task", _weight(distiller, "task"), "student logits, labels", "output", "", "")
+    for name, loss in distiller.losses.items():
+        rows = [
+            (f"{side} {request.signal}", info.location, "x".join(map(str, info.shape)) or "function")
+            for side in ("student", "teacher")
+            for request, info in distiller.signals[side].items()
+            if request.signal in distiller.needs[side][name] and _wanted(distiller, side, name, request)
+        ]
+        rows += [(extra, "", "") for extra in loss.inputs() if not extra.startswith(("student_", "teacher_"))]
+        own = sum(parameter.numel() for parameter in loss.parameters())
+        for index, row in enumerate(rows):
+            first = (name, _weight(distiller, name)) if index == 0 else ("", "")
+            losses.add_row(*first, *row, (human(own) if own else "nothing") if index == 0 else "")
+        losses.add_section()
+    console.print(losses)
+    if distiller.teacher is not None:
+        console.print(f"image bridge, student to teacher: {distiller.teacher.bridge.describe()}")
+    unreached = distiller.parameters_without_gradient
+    reach = f"{len(unreached)} tensors, first {unreached[0]}" if unreached else "none"
+    console.print(f"trainable parameters that no loss reaches: {reach}")
+    return console.file.getvalue()
+
+
+def _wanted(distiller: Distiller, side: str, name: str, request: object) -> bool:
+    from kdvit.taps.reader import requests_of
+
+    wanted = distiller.needs[side][name]
+    return any(request in requests_of(signal, location) for signal, location in wanted.items())
+
+
+def _model_row(wrapper: Wrapper) -> tuple[str, ...]:
+    size = "x".join(map(str, wrapper.input_size))
+    normalisation = "not known"
+    if wrapper.normalisation:
+        normalisation = " / ".join(",".join(f"{value:.3g}" for value in values) for values in wrapper.normalisation)
+    macs = human(num_macs(wrapper.model, wrapper.input_size))
+    return wrapper.name, size, human(num_parameters(wrapper.model)), macs, normalisation
+
+
+def _weight(distiller: Distiller, name: str) -> str:
+    weight = distiller.weights[name]
+    return "schedule" if callable(weight) else f"{weight:g}"

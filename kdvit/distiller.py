@@ -1,0 +1,364 @@
+"""Teacher + student + losses -> one number, and its named parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdvit.bridge import ImageBridge
+from kdvit.losses.loss import Loss, make, needs, reads_teacher
+from kdvit.signals import Progress
+from kdvit.taps.reader import Request, model_info, pick, probe, requests_of
+from kdvit.wrappers import Student, Teacher
+
+Weight = float | Callable[[Progress], float]
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class DistillerOutput:
+    """One step's result.
+
+    Args:
+        loss: what to call ``backward()`` on.
+        losses: every term by name, unweighted and without a graph: ``task``, ``dkd``, ``vitkd.mimic``, ...
+        logits: the student's logits, without a graph, for metrics. Own objectives go into ``task_loss``.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    logits: Tensor | None
+
+
+class Distiller(nn.Module):
+    """Distils a teacher into a student: one module whose forward does everything, so that DDP sees all of it.
+
+    loss = task_weight * task_loss(logits, labels) + sum_i weight_i * loss_i(...)
+
+    Its parameters are the student's and the losses' (projectors); the teacher is in neither ``parameters()`` nor
+    ``state_dict()``, but moves with ``.to()``.
+
+    Args:
+        teacher: a `Teacher`, any nn.Module, or a model name; None where no loss needs one.
+        student: a `Student`, any nn.Module, or a model name.
+        losses: each a `Loss`, a registered name, or a pair (weight, loss). A weight is a number, or a function
+            of `kdvit.signals.Progress`.
+        task_loss: ``"cross_entropy"``, None, or a function (logits, labels) -> scalar.
+        task_weight: weight of the task loss.
+
+    Inputs:
+        images: (B, C, H, W), normalised for the student.
+        labels: (B,) class ids, or (B, C) probabilities (mixup); may be left out where nothing needs them.
+
+    Raises:
+        ValueError: anything that does not fit together; all of it is checked here, before the first batch.
+
+    Example:
+        >>> import kdvit, torch
+        >>> teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+        >>> student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+        >>> distiller = Distiller(teacher, Student(student, input_size=(3, 2, 2)), losses=[(0.5, "kd")])
+        >>> out = distiller(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 3]))
+        >>> sorted(out.losses)
+        ['kd', 'task']
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher | nn.Module | str | None,
+        student: Student | nn.Module | str,
+        losses: Sequence[Loss | str | tuple[Weight, Loss | str]],
+        task_loss: str | TaskLoss | None = "cross_entropy",
+        task_weight: Weight = 1.0,
+    ) -> None:
+        super().__init__()
+        self.student = student if isinstance(student, Student) else Student(student)
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(teacher)
+        # Behind nn.Module's back: a teacher is no parameter, no checkpoint entry and nothing for DDP to wrap.
+        object.__setattr__(self, "teacher", teacher)
+        self.task_loss = _task_loss(task_loss)
+        self.weights: dict[str, Weight] = {"task": _checked_weight("task_loss", task_weight)}
+        self.losses = nn.ModuleDict()
+        for item in [losses] if isinstance(losses, (Loss, str)) else losses:
+            self._add(item)
+        self._check_objective()
+        self.needs = {
+            side: {name: needs(loss, side) for name, loss in self.losses.items()} for side in ("student", "teacher")
+        }
+        self._check_pair()
+        self._listen()
+        self._rehearse()
+
+    # Construction
+
+    def _add(self, item: Loss | str | tuple[Weight, Loss | str]) -> None:
+        weight, loss = item if isinstance(item, tuple) and len(item) == 2 else (1.0, item)
+        loss = make(loss) if isinstance(loss, str) else loss
+        if not isinstance(loss, Loss):
+            raise TypeError(
+                f"Distiller: losses must hold Loss objects, registered names or (weight, loss) pairs, "
+                f"got {type(loss).__name__}; write losses=[(0.5, kdvit.losses.KD())]."
+            )
+        base = loss.name or type(loss).__name__.lower()
+        same = sum(name == base or name.startswith(f"{base}_") for name in self.losses)
+        name = f"{base}_{same + 1}" if same else base
+        self.losses[name] = loss
+        self.weights[name] = _checked_weight(name, weight)
+
+    def _check_objective(self) -> None:
+        if not self.losses and self.task_loss is None:
+            raise ValueError("Distiller: there must be something to minimise, got no loss and task_loss=None; add one.")
+        readers = [name for name, loss in self.losses.items() if reads_teacher(loss)]
+        if readers and self.teacher is None:
+            raise ValueError(f"Distiller: loss '{readers[0]}' reads the teacher, got teacher=None; pass a teacher.")
+
+    def _check_pair(self) -> None:
+        student, teacher = self.student, self.teacher
+        if teacher is not None:
+            own = {id(parameter) for parameter in student.model.parameters()}
+            if teacher.model is student.model or any(id(p) in own for p in teacher.model.parameters()):
+                raise ValueError(
+                    "Distiller: the teacher must be another model than the student, got one that shares its "
+                    "parameters; pass copy.deepcopy(model) to let a model teach itself."
+                )
+        if student.input_size is None:
+            student.input_size = teacher.input_size if teacher is not None else None
+        if student.input_size is None:
+            raise ValueError(
+                f"Student: the input size of '{student.name}' is not known; "
+                "pass Student(model, input_size=(channels, height, width))."
+            )
+        if teacher is not None:
+            teacher.bridge = ImageBridge.between(student, teacher)
+            if teacher.input_size is None or teacher.takes_any_size:
+                channels = teacher.bridge.channels or student.input_size[0]
+                teacher.input_size = (channels, *student.input_size[1:])
+
+    def _listen(self) -> None:
+        """Tap both models, then let every loss build its projectors from what they really give."""
+        ours = self._requests("student")
+        if self.task_loss is not None:
+            ours.append(Request("logits"))
+        student = self.student.listen(ours)
+        teacher = self.teacher.listen(self._requests("teacher")) if self.teacher is not None else {}
+        classes = student.get(Request("logits")) or student.get(Request("dist_logits"))
+        taught = teacher.get(Request("logits"))
+        if classes is not None and taught is not None and classes.dim != taught.dim:
+            raise ValueError(
+                f"Distiller: teacher '{taught.model}' has {taught.dim} classes but student '{classes.model}' has "
+                f"{classes.dim}; give them the same classes, or pass Teacher(model, class_map=[...]) with the "
+                "teacher's class for each of the student's."
+            )
+        self.num_classes = classes.dim if classes is not None else None
+        self.signals = {"student": student, "teacher": teacher}
+        for name, loss in self.losses.items():
+            loss.build(
+                model_info(self.student.name, self.num_classes, self.needs["student"][name], student),
+                model_info(
+                    self.teacher.name if self.teacher is not None else "teacher",
+                    taught.dim if taught is not None else None,
+                    self.needs["teacher"][name],
+                    teacher,
+                ),
+            )
+            # Projectors follow the student: a Distiller may be built from models that are on a device already.
+            device = next(self.student.parameters(), torch.zeros(())).device
+            loss.to(device)
+
+    def _requests(self, side: str) -> list[Request]:
+        return [
+            request
+            for wanted in self.needs[side].values()
+            for signal, location in wanted.items()
+            for request in requests_of(signal, location)
+        ]
+
+    def _rehearse(self) -> None:
+        """Run every loss once on blank images, so that what does not fit fails now; find what no loss reaches.
+
+        A feature-only objective leaves parameters without a gradient (the head, what lies behind the last tap).
+        DDP would wait for them on the second step, so it is told to leave them alone. Zero gradients instead
+        would let weight decay shrink them, here but not in one process.
+        """
+        buffers = {key: value.clone() for key, value in self.losses.state_dict().items()}
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        parameter = next(self.student.parameters(), torch.zeros(()))
+        labels = torch.zeros(2, dtype=torch.long, device=parameter.device)
+        sample_ids = torch.arange(2, device=parameter.device)
+        reached: set[int] = set()
+
+        def run(images: Tensor) -> None:
+            with torch.enable_grad():
+                reached.update(_leaves(self(images, labels, sample_ids=sample_ids).loss))
+
+        try:
+            probe(run, self.student.model, self.student.input_size)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            self.losses.load_state_dict(buffers)
+        unreached = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached]
+        self._ddp_params_and_buffers_to_ignore = unreached
+
+    @property
+    def parameters_without_gradient(self) -> list[str]:
+        """Names of trainable parameters that no loss reaches."""
+        return list(self._ddp_params_and_buffers_to_ignore)
+
+    # The step
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        sample_ids: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> DistillerOutput:
+        self._check_batch(images, labels)
+        progress = progress or Progress()
+        taught = self.teacher(images) if self.teacher is not None else {}
+        logits, learned = self.student(images)
+        signals = {"student": learned, "teacher": taught}
+        context = {"labels": labels, "images": images, "sample_ids": sample_ids, "progress": progress}
+
+        terms: dict[str, Tensor] = {}
+        total: Tensor | float = 0.0
+        if self.task_loss is not None:
+            terms["task"] = self.task_loss(learned[Request("logits")], labels)
+            total = total + self._weight("task", progress) * terms["task"]
+        for name, loss in self.losses.items():
+            value = loss(**self._inputs(name, loss, signals, context))
+            parts = value if isinstance(value, Mapping) else {None: value}
+            for part, scalar in parts.items():
+                terms[f"{name}.{part}" if part is not None else name] = scalar
+                total = total + self._weight(name, progress) * scalar
+        losses = {name: value.detach() for name, value in terms.items()}
+        return DistillerOutput(total, losses, logits.detach() if logits is not None else None)
+
+    def _inputs(self, name: str, loss: Loss, signals: Mapping, context: Mapping) -> dict[str, Any]:
+        inputs = {}
+        for parameter in loss.inputs():
+            side, _, signal = parameter.partition("_")
+            if parameter in context:
+                inputs[parameter] = self._context(name, parameter, context)
+            else:
+                inputs[parameter] = pick(signal, self.needs[side][name][signal], signals[side])
+        return inputs
+
+    def _context(self, name: str, parameter: str, context: Mapping) -> Any:
+        if context[parameter] is None:
+            raise ValueError(f"Distiller: loss '{name}' needs {parameter}; call distiller(images, labels, ...) with it.")
+        return context[parameter]
+
+    def _weight(self, name: str, progress: Progress) -> float:
+        weight = self.weights[name]
+        return weight(progress) if callable(weight) else weight
+
+    def _check_batch(self, images: Tensor, labels: Tensor | None) -> None:
+        size = self.student.input_size
+        if images.ndim != 4 or images.shape[1] != size[0]:
+            raise ValueError(
+                f"Distiller: images must be (B, {size[0]}, H, W), got {tuple(images.shape)}; "
+                "stack a batch of normalised images."
+            )
+        if self.student.takes_any_size is False and tuple(images.shape[2:]) != tuple(size[1:]):
+            raise ValueError(
+                f"Distiller: '{self.student.name}' takes {size[1]}x{size[2]} images, got "
+                f"{images.shape[2]}x{images.shape[3]}; resize them, or make the student with img_size="
+                f"{images.shape[2]}."
+            )
+        if labels is None:
+            if self.task_loss is not None:
+                raise ValueError("Distiller: the task loss needs labels; pass them, or set task_loss=None.")
+            return
+        hard, soft = labels.ndim == 1 and not labels.is_floating_point(), labels.ndim == 2 and labels.is_floating_point()
+        if not (hard or soft) or len(labels) != len(images):
+            raise ValueError(
+                f"Distiller: labels must be (B,) class ids or (B, C) probabilities for B={len(images)}, got "
+                f"{tuple(labels.shape)} {labels.dtype}; check the data loader."
+            )
+        if soft and self.num_classes is not None and labels.shape[1] != self.num_classes:
+            raise ValueError(
+                f"Distiller: soft labels must have C={self.num_classes} classes, got {labels.shape[1]}; "
+                "make them for the student's classes."
+            )
+        # Reading values of a CUDA tensor would stall the GPU on every step; the Trainer checks the data set instead.
+        if hard and labels.device.type == "cpu" and self.num_classes is not None and not torch.compiler.is_compiling():
+            if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
+                raise ValueError(
+                    f"Distiller: labels must be in 0..{self.num_classes - 1}, got {int(labels.min())}.."
+                    f"{int(labels.max())}; check the data's classes or the student's num_classes."
+                )
+
+    # What users take away
+
+    def student_state_dict(self) -> dict[str, Tensor]:
+        """The student's weights alone; they load strictly into the plain model."""
+        return self.student.model.state_dict()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that timm's optimizer factory leaves without weight decay: what the student says, and mask tokens."""
+        own = getattr(self.student.model, "no_weight_decay", set)()
+        return {f"student.model.{name}" for name in own} | {
+            name for name, _ in self.named_parameters() if name.endswith("mask_token")
+        }
+
+    def describe(self) -> str:
+        """A page of text: which signal comes from where, projectors, bridges, parameters without a gradient."""
+        from kdvit.description import describe
+
+        return describe(self)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Distiller:
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def _task_loss(task_loss: str | TaskLoss | None) -> TaskLoss | None:
+    if task_loss is None or callable(task_loss):
+        return task_loss
+    if task_loss != "cross_entropy":
+        raise ValueError(
+            f"Distiller: task_loss must be 'cross_entropy', None or a function of (logits, labels), got {task_loss!r}; "
+            "pass one of them."
+        )
+    return cross_entropy
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in float32, for class ids (B,) or probabilities (B, C)."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+def _checked_weight(name: str, weight: Weight) -> Weight:
+    if callable(weight):
+        return weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(
+            f"Distiller: the weight of '{name}' must be a number or a function of Progress, got {weight!r}; "
+            "write (0.5, loss)."
+        )
+    return float(weight)
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Ids of the parameters that a graph reaches."""
+    seen, found, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(child for child, _ in node.next_functions)
+    return found

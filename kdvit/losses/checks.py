@@ -1,0 +1,122 @@
+"""Checks that losses share: numbers and choices of a constructor, shapes of what ``forward`` is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import TypeVar
+
+from torch import Tensor
+
+from kdvit.losses.loss import Loss
+from kdvit.losses.precision import at_least_float32
+from kdvit.signals import Location, SignalInfo, nearest
+
+T = TypeVar("T")
+
+_RULES: dict[str, Callable[[float], bool]] = {
+    "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
+    "in (0, 1)": lambda x: 0 < x < 1,
+}
+
+
+def number(owner: Loss, name: str, value: float, rule: str, advice: str) -> float:
+    """The finite number as a float; ``rule`` is a key of `_RULES` and part of the sentence that refuses it."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number {rule}, got {value!r}; {advice}.")
+    if not (math.isfinite(value) and _RULES[rule](value)):
+        raise ValueError(f"{type(owner).__name__}: {name} must be {rule}, got {value}; {advice}.")
+    return float(value)
+
+
+def count(owner: Loss, name: str, value: int, advice: str) -> int:
+    """A positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{type(owner).__name__}: {name} must be an integer > 0, got {value!r}; {advice}.")
+    if value <= 0:
+        raise ValueError(f"{type(owner).__name__}: {name} must be > 0, got {value}; {advice}.")
+    return value
+
+
+def choice(owner: Loss, name: str, value: T, known: Iterable[T]) -> T:
+    """The value, if it is one of the known ones."""
+    known = list(known)
+    if value not in known:
+        hint = nearest(str(value), known) or ";"
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must be a known one, got '{value}'{hint} Known: {', '.join(known)}."
+        )
+    return value
+
+
+def several(owner: Loss, name: str, locations: Iterable[Location]) -> tuple[Location, ...]:
+    """Blocks or stages as a tuple; a single one is refused, because a path would be read letter by letter."""
+    if isinstance(locations, (int, str)):
+        raise TypeError(
+            f"{type(owner).__name__}: {name} must be a sequence, got {locations!r}; write ({locations!r},) for one."
+        )
+    return tuple(locations)
+
+
+def same_classes(owner: Loss, student: int, teacher: int, student_name: str = "student_logits") -> None:
+    """Refuse logits over different classes, or over a single one."""
+    if student != teacher:
+        raise ValueError(
+            f"{type(owner).__name__}: teacher_logits has C={teacher} but {student_name} has C={student}; "
+            "align the heads or pass class_map."
+        )
+    if student < 2:
+        raise ValueError(
+            f"{type(owner).__name__}: {student_name} must have C >= 2 classes, got C={student}; "
+            "for a single score use a regression loss."
+        )
+
+
+def logit_pair(
+    owner: Loss, student_logits: Tensor, teacher_logits: Tensor, student_name: str = "student_logits"
+) -> tuple[Tensor, Tensor]:
+    """Both logits, checked and in float32 at least; the teacher's are detached."""
+    for name, logits in ((student_name, student_logits), ("teacher_logits", teacher_logits)):
+        if logits.ndim != 2:
+            raise ValueError(
+                f"{type(owner).__name__}: {name} must have shape (B, C), got {tuple(logits.shape)}; "
+                "pool tokens or positions first."
+            )
+    same_classes(owner, student_logits.shape[1], teacher_logits.shape[1], student_name)
+    same_batch(owner, student_name, student_logits, "teacher_logits", teacher_logits)
+    return at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
+
+
+def same_batch(owner: Loss, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse two inputs of different batches."""
+    if x.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{type(owner).__name__}: {other_name} has B={other.shape[0]} but {name} has B={x.shape[0]}; "
+            "give both the same batch."
+        )
+
+
+def same_grid(owner: Loss, student: SignalInfo, teacher: SignalInfo) -> None:
+    """Refuse patch tokens whose grid is not known, or differs."""
+    for side, info in (("student", student), ("teacher", teacher)):
+        if info.grid is None:
+            raise ValueError(
+                f"{type(owner).__name__}: {side} must have a patch grid, got none for {info.signal} of '{info.model}' "
+                f"at '{info.location}'; choose a model of patch tokens, or pass grid=."
+            )
+    if student.grid != teacher.grid:
+        got = " and ".join(f"{height}x{width}" for height, width in (student.grid, teacher.grid))
+        raise ValueError(
+            f"{type(owner).__name__}: student grid must equal teacher grid, got {got}; "
+            "choose image and patch sizes that give both the same."
+        )
+
+
+def not_built(owner: Loss) -> RuntimeError:
+    """The error of a loss with projectors that is called before `Loss.build`."""
+    return RuntimeError(
+        f"{type(owner).__name__}: build must be called before forward; put the loss into a kdvit.Distiller, "
+        "or call build(student_info, teacher_info) yourself."
+    )

@@ -1,0 +1,129 @@
+"""Models by name: every timm name, a folder that kdvit or timm saved, and the small teachers that kdvit ships."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdvit.signals import nearest
+
+#: Shipped teachers: name -> what it is. Each is a folder beside this file, in timm's own format.
+SHIPPED = {
+    "fashion_mnist_cnn": "small CNN for 28x28 grey Fashion-MNIST, made by recipes/fashion_teacher_cnn.py",
+    "fashion_mnist_vit": "small ViT for 28x28 grey Fashion-MNIST, made by recipes/fashion_teacher_vit.py",
+}
+_FOLDER = Path(__file__).parent / "pretrained"
+
+
+def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, **options) -> nn.Module:
+    """Make a model by name.
+
+    Args:
+        name: a shipped teacher (`SHIPPED`, always with its weights), a folder with ``config.json`` and
+            ``model.safetensors``, or any name of `timm.create_model` (also ``hf-hub:...``).
+        pretrained: load the published weights of a timm name.
+        checkpoint: a safetensors or ``weights_only`` torch file with the model's weights, loaded strictly.
+        options: given to `timm.create_model` (``num_classes``, ``img_size``, ...).
+
+    Raises:
+        ValueError: unknown name, or a checkpoint of another model.
+    """
+    import timm
+
+    if name in SHIPPED:
+        name, pretrained = f"local-dir:{_FOLDER / name}", True
+    elif (Path(name) / "config.json").is_file():
+        name, pretrained = f"local-dir:{name}", True
+    elif ":" not in name and not timm.is_model(name.split(".")[0]):
+        known = [*SHIPPED, *timm.list_models()]
+        hint = nearest(name, known) or ";"
+        raise ValueError(f"unknown model '{name}'{hint} `kdvit list models WORD` searches the {len(known)} known names.")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except OSError as error:
+        raise ValueError(
+            f"model '{name}': its published weights could not be downloaded ({type(error).__name__}); connect to the "
+            "network once, or give the weights as a file (--teacher-checkpoint FILE, checkpoint=)."
+        ) from error
+    if checkpoint is not None:
+        load_weights(model, checkpoint, name)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path, name: str = "model") -> None:
+    """Load a checkpoint strictly and without executing anything in it.
+
+    The file may hold a bare state dict, or one under ``state_dict`` or ``model``, as training scripts save it.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, or the checkpoint of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint '{path}' must be a file, and there is none; check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint '{path}' cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "give a safetensors file or a torch file that loads with weights_only=True."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    own = model.state_dict()
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or unknown or shapes:
+        parts = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for keys, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape"))
+            if keys
+        ]
+        raise ValueError(
+            f"checkpoint '{path.name}' must be one of '{name}', but of its weights {', '.join(parts)}; "
+            "give the checkpoint of this model, or the model of this checkpoint."
+        )
+    model.load_state_dict(state)
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    class_names: Sequence[str] = (),
+) -> None:
+    """Save a model as timm does: ``model.safetensors`` and ``config.json``.
+
+    ``kdvit.create_model(FOLDER)`` and ``timm.create_model("local-dir:FOLDER", pretrained=True)`` make it again. A
+    model that timm did not make is saved as its weights alone.
+
+    Args:
+        model: the plain model.
+        folder: made if missing.
+        normalisation: (mean, std) of the images that it was trained on.
+        class_names: names of its classes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "pretrained_cfg"):
+        from timm.models import save_for_hf
+
+        data_config = dict(zip(("mean", "std"), normalisation, strict=True)) if normalisation else None
+        model_config = {"label_names": list(class_names)} if class_names else None
+        save_for_hf(model, folder, safe_serialization=True, model_config=model_config, data_config=data_config)
+    else:
+        from safetensors.torch import save_model as save_safetensors
+
+        save_safetensors(model, folder / "model.safetensors")

@@ -1,0 +1,58 @@
+"""timm models made of stages: CNNs (ResNet, RegNet, ConvNeXt, ...) and hierarchical transformers (Swin, PVT, MaxViT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdvit.signals import Location
+from kdvit.taps.family import Source
+from kdvit.taps.tap import TapPoint
+from kdvit.taps.timm_facts import TimmFacts
+
+
+class TimmStages(TimmFacts):
+    """Any timm model with ``feature_info``: stage i is its i-th entry (for a ResNet, 0 is the stem).
+
+    Windowed and pooled attention of hierarchical transformers is not token attention over one grid: it is refused.
+    """
+
+    kind = "a model of stages"
+    no_attention = "a model of stages without token attention over one grid"
+
+    def __init__(self, model: nn.Module, name: str, **geometry) -> None:
+        super().__init__(model, name, **geometry)
+        self.stages = [stage["module"] for stage in model.feature_info]
+        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+    def num_blocks(self) -> int:
+        return len(self.stages)
+
+    def source(self, signal: str, location: Location | None, input_size: tuple[int, int, int] | None) -> Source:
+        if isinstance(location, str) and location not in self.stages:
+            if signal == "feature_map" and self.channels_last:
+                raise ValueError(
+                    f"{self.name} gives no feature_map at '{location}': inside this model maps are channels-last; "
+                    f"read a stage, 0..{len(self.stages) - 1}."
+                )
+            return self.by_path(signal, location)
+        if signal in ("logits", "dist_logits", "pooled", "head"):
+            return self.classifier_source(signal)
+        if signal != "feature_map":
+            raise self.cannot(signal, location)
+        stage = self.stages.index(location) if isinstance(location, str) else location
+        path = self.stages[self.index(stage, len(self.stages), "stage")]
+        to_map = _channels_first if self.channels_last else _unchanged
+        return Source(path, (TapPoint(path),), to_map)
+
+    def gives(self) -> Sequence[str]:
+        return ("logits, pooled, head", f"feature_map of stages 0..{len(self.stages) - 1} or of a dotted module path")
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,39 @@
+"""Curves of a run as a PNG (extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, teacher_top1: float | None) -> bool:
+    """Draw losses, accuracy and learning rate; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    steps = [record for record in metrics if record["kind"] == "step"]
+    evaluations = [record for record in metrics if record["kind"] == "evaluation"]
+    figure, (losses, accuracy, rate) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for name in steps[-1]["losses"] if steps else ():
+        losses.plot([r["step"] for r in steps], [r["losses"][name] for r in steps], label=name, linewidth=1.2)
+    losses.set(title="losses (unweighted)", xlabel="step", yscale="log")
+    if steps:
+        losses.legend(frameon=False)
+    accuracy.plot([r["epoch"] for r in evaluations], [r["top1"] for r in evaluations], marker="o", label="student")
+    if teacher_top1 is not None:
+        accuracy.axhline(teacher_top1, color="grey", linestyle="--", label="teacher")
+    accuracy.set(title="top-1 on the test images (%)", xlabel="epoch")
+    accuracy.legend(frameon=False)
+    rate.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="tab:green")
+    rate.set(title="learning rate", xlabel="step")
+    for axis in (losses, accuracy, rate):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,81 @@
+"""Everything that a training run can be told, in one flat dataclass with units in the names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a run. The defaults suit a ViT of any size; published recipes say what differs.
+
+    Args:
+        epochs: passes over the training images; or None, with ``steps``.
+        steps: optimizer steps; or None, with ``epochs``.
+        batch_size: images of one process in one forward pass.
+        accumulation_steps: forward passes that make one optimizer step.
+        optimizer: any name of `timm.optim.create_optimizer_v2` (``timm.optim.list_optimizers()``).
+        lr: peak learning rate.
+        weight_decay: not applied to biases, norms, mask tokens and what the model excludes itself.
+        momentum: of SGD-like optimizers.
+        betas: of Adam-like optimizers.
+        warmup_epochs: linear warm-up from ``warmup_lr``; then a cosine down to ``min_lr``.
+        warmup_lr: learning rate of the first step.
+        min_lr: learning rate of the last step.
+        clip_norm: largest norm of the gradient, None for no clipping.
+        label_smoothing: of the task loss, in [0, 1).
+        mixup_alpha: Beta parameter of mixup, 0 for none.
+        cutmix_alpha: Beta parameter of CutMix, 0 for none.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        ema_decay: decay of an average of the student's weights, which is then evaluated and saved; None for none.
+        evaluate_epochs: evaluate every so many epochs, and at the end.
+        log_steps: write a line of metrics every so many optimizer steps.
+        num_workers: loader processes.
+        seed: of everything that is random.
+    """
+
+    epochs: int | None = 10
+    steps: int | None = None
+    batch_size: int = 128
+    accumulation_steps: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: float = 1.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mixed_precision: str = "no"
+    ema_decay: float | None = None
+    evaluate_epochs: int = 1
+    log_steps: int = 10
+    num_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"Training: exactly one of epochs and steps must be given, got epochs={self.epochs}, "
+                f"steps={self.steps}; set the other to None."
+            )
+        for name in ("epochs", "steps", "batch_size", "accumulation_steps", "evaluate_epochs", "log_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Training: {name} must be >= 1, got {value}; give a positive whole number.")
+        for name in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup_alpha", "cutmix_alpha"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Training: {name} must be >= 0, got {getattr(self, name)}; give 0 or more.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"Training: label_smoothing must be in [0, 1), got {self.label_smoothing}; try 0.1.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(
+                f"Training: mixed_precision must be 'no', 'bf16' or 'fp16', got '{self.mixed_precision}'; "
+                "'bf16' suits recent GPUs, 'no' suits a CPU."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"Training: ema_decay must be in (0, 1), got {self.ema_decay}; try 0.999, or None.")

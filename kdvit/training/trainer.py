@@ -1,0 +1,414 @@
+"""The training loop, on Accelerate: one process or many, any precision, any losses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from kdvit.cost import device_name
+from kdvit.data import BatchMixer, ImageData, TransformSettings, check_labels, make_loader
+from kdvit.data.randomness import legacy_generator
+from kdvit.distiller import Distiller, DistillerOutput
+from kdvit.signals import Progress
+from kdvit.taps.family import logits_of
+from kdvit.training.curves import draw_curves
+from kdvit.training.display import Display
+from kdvit.training.evaluation import Accuracy, evaluate
+from kdvit.training.run_folder import RunFolder
+from kdvit.training.settings import Training
+from kdvit.wrappers import Student
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. Accuracies are in percent; None where there is no classifier to evaluate."""
+
+    top1: float | None
+    top5: float | None
+    best_top1: float | None
+    best_epoch: int | None
+    teacher_top1: float | None
+    num_steps: int
+    seconds: float
+    folder: Path
+
+
+class Trainer:
+    """Trains the student of a Distiller on a data set and leaves a run folder.
+
+    Args:
+        distiller: what to minimise; with ``teacher=None`` and no losses it is plain supervised training.
+        data: from `kdvit.data.open_data`.
+        settings: see `Training`.
+        folder: the run folder, see `RunFolder`.
+        transform: by default what the student's input size and normalisation ask for, see `transform_for`.
+        resume: go on with the run in ``folder`` from its last whole epoch.
+        title: in front of the progress bar.
+        quiet: show nothing.
+
+    Raises:
+        ValueError: classes of the data and the student differ, labels are out of range, an image is corrupt, the
+            folder holds another run; all before the first batch.
+
+    Example:
+        ``Trainer(distiller, kdvit.data.open_data("fashion-mnist-sample"), Training(epochs=5), "runs/first").fit()``
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        data: ImageData,
+        settings: Training,
+        folder: str | Path,
+        *,
+        transform: TransformSettings | None = None,
+        resume: bool = False,
+        title: str = "train",
+        quiet: bool = False,
+    ) -> None:
+        self.data, self.settings, self.title = data, settings, title
+        self._check_classes(distiller)
+        data.check(num_images=64)
+        self.accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulation_steps
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.shows = self.is_main and not quiet
+        self.transform = transform or transform_for(distiller.student)
+        self.folder = self._open_folder(folder, resume)
+        self.plain = distiller
+        self._prepare()
+
+    def _check_classes(self, distiller: Distiller) -> None:
+        if distiller.num_classes is None:
+            return
+        if distiller.num_classes != len(self.data.classes):
+            raise ValueError(
+                f"Trainer: data '{self.data.name}' has {len(self.data.classes)} classes but student "
+                f"'{distiller.student.name}' has {distiller.num_classes}; make the student with "
+                f"num_classes={len(self.data.classes)}."
+            )
+        for split in (self.data.train, self.data.test):
+            check_labels(split, distiller.num_classes)
+
+    def _open_folder(self, folder: str | Path, resume: bool) -> RunFolder:
+        """The main process looks first; what it finds wrong, every process raises."""
+        found: list[RunFolder | ValueError | None] = [None]
+        if self.is_main:
+            try:
+                found = [RunFolder(folder, resume=resume)]
+            except ValueError as error:
+                found = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
+
+    def _prepare(self) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+
+        settings = self.settings
+        load = partial(make_loader, batch_size=settings.batch_size, seed=settings.seed, transform=self.transform)
+        train = load(self.data.train, train=True, num_workers=settings.num_workers)
+        test = load(self.data.test, train=False, num_workers=settings.num_workers)
+        options = {"betas": settings.betas} if settings.optimizer.startswith(("adam", "nadam", "lamb", "lion")) else {}
+        optimizer = create_optimizer_v2(
+            self.plain,
+            opt=settings.optimizer,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            **options,
+        )
+        self.distiller, self.optimizer, self.train_loader, self.test_loader = self.accelerator.prepare(
+            self.plain, optimizer, train, test
+        )
+        if len(self.train_loader) == 0:
+            raise ValueError(
+                f"Training: batch_size must be at most the {len(self.data.train)} training images over "
+                f"{self.accelerator.num_processes} processes, got {settings.batch_size}; use smaller batches."
+            )
+        self.steps_per_epoch = math.ceil(len(self.train_loader) / settings.accumulation_steps)
+        self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
+        self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        warmup_steps = min(round(settings.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
+        self.scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, self.total_steps - warmup_steps),
+            lr_min=settings.min_lr,
+            warmup_t=warmup_steps,
+            warmup_lr_init=settings.warmup_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.mixer = self._mixer()
+        self.ema = self._ema()
+        self.step = self.epoch = 0
+        self.best: tuple[float, int] | None = None
+
+    def _mixer(self) -> BatchMixer | None:
+        settings = self.settings
+        if not (settings.mixup_alpha or settings.cutmix_alpha or settings.label_smoothing):
+            return None
+        return BatchMixer(
+            settings.mixup_alpha,
+            settings.cutmix_alpha,
+            num_classes=len(self.data.classes),
+            label_smoothing=settings.label_smoothing,
+            seed=settings.seed,
+        )
+
+    def _ema(self) -> nn.Module | None:
+        if self.settings.ema_decay is None:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(self.plain.student.model, decay=self.settings.ema_decay, use_warmup=True)
+
+    @property
+    def student(self) -> nn.Module:
+        """The plain model that is evaluated and saved: the average of its weights where there is one."""
+        return self.ema.module if self.ema is not None else self.plain.student.model
+
+    # The run
+
+    def fit(self) -> Result:
+        """Train to the end and return what came out."""
+        if self.folder.resumes:
+            self._load_state()
+        started = time.perf_counter()
+        teacher = self._evaluate_teacher()
+        accuracy: Accuracy | None = None
+        display = Display(self.total_steps, first_step=self.step, title=self.title, show=self.shows)
+        with display:
+            if teacher is not None:
+                display.line(f"teacher '{self.plain.teacher.name}': {teacher.top1:.2f} % top-1")
+            while self.step < self.total_steps:
+                self._train_epoch(display)
+                self.epoch += 1
+                if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
+                    accuracy = self._evaluate_student(display)
+                self._save_state()
+        return self._finish(accuracy, teacher, time.perf_counter() - started)
+
+    def _train_epoch(self, display: Display) -> None:
+        self.distiller.train()
+        self.train_loader.set_epoch(self.epoch)
+        window = _Window()
+        for index, batch in enumerate(self.train_loader):
+            progress = self._progress(index)
+            # What models and losses draw (dropout, masks) is a function of the seed and the place in the run.
+            draw = legacy_generator(self.settings.seed, self.epoch, index, self.accelerator.process_index)
+            torch.manual_seed(int(draw.randint(2**31)))
+            with self.accelerator.accumulate(self.distiller):
+                self.scheduler.step_update(self.step)
+                images, labels = self._mixed(batch)
+                output = self.distiller(images, labels, sample_ids=batch["sample_id"], progress=progress)
+                self._check_finite(output, batch["sample_id"])
+                self.accelerator.backward(output.loss)
+                if self.accelerator.sync_gradients and self.settings.clip_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            window.add(output, len(images) * self.accelerator.num_processes)
+            if not self.accelerator.sync_gradients:
+                continue
+            self.step += 1
+            if self.ema is not None:
+                self.ema.update(self.plain.student.model, step=self.step)
+            logs = self.step % self.settings.log_steps == 0 or self.step == self.total_steps
+            display.step(self._log(window, progress) if logs else None)
+            if self.step == self.total_steps:
+                return
+
+    def _mixed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.mixer is None:
+            return batch["image"], batch["label"]
+        return self.mixer(batch["image"], batch["label"], batch["sample_id"], self.epoch)
+
+    def _progress(self, index: int) -> Progress:
+        epoch = self.epoch + index / len(self.train_loader)
+        return Progress(self.step, epoch, self.total_steps, self.total_steps / self.steps_per_epoch)
+
+    def _check_finite(self, output: DistillerOutput, sample_ids: Tensor) -> None:
+        # Reading a value stalls a GPU, so there only the steps that are logged are looked at.
+        if self.accelerator.device.type != "cpu" and self.step % self.settings.log_steps:
+            return
+        if torch.isfinite(output.loss):
+            return
+        bad = [name for name, value in output.losses.items() if not torch.isfinite(value)] or ["the weighted sum"]
+        raise RuntimeError(
+            f"Trainer: {', '.join(bad)} became {output.loss.item()} at step {self.step} (samples "
+            f"{sample_ids.tolist()[:8]} ...); the last whole epoch is kept in '{self.folder.path}'; lower lr, clip the "
+            "gradient, or use mixed_precision='no'."
+        )
+
+    def _log(self, window: _Window, progress: Progress) -> dict[str, float]:
+        losses, loss, rate = window.close()
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.is_main:
+            self.folder.log(
+                {"kind": "step", "step": self.step, "epoch": round(progress.epoch, 4), "lr": lr, "loss": loss,
+                 "losses": losses, "images_per_second": round(rate, 1)}
+            )  # fmt: skip
+        return losses
+
+    # Evaluation
+
+    def _evaluate(self, model: nn.Module, predict: Callable[[Tensor], Tensor]) -> Accuracy:
+        was_training = model.training
+        model.eval()
+        with self.accelerator.autocast():
+            accuracy = evaluate(predict, self.test_loader, self.accelerator)
+        model.train(was_training)
+        return accuracy
+
+    def _evaluate_student(self, display: Display) -> Accuracy | None:
+        accuracy = None
+        if self._trains_classifier():
+            model, name = self.student, self.plain.student.name
+            accuracy = self._evaluate(model, lambda images: logits_of(model(images), name))
+            display.line(f"{self.title}: epoch {self.epoch}/{self.num_epochs}  top-1 {accuracy.top1:.2f} %")
+        record = {"kind": "evaluation", "step": self.step, "epoch": self.epoch}
+        if self.is_main and accuracy is not None:
+            self.folder.log({**record, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss})
+        if accuracy is not None and (self.best is None or accuracy.top1 > self.best[0]):
+            self.best = (accuracy.top1, self.epoch)
+            self._save_student("best")
+        self._save_student("student")
+        return accuracy
+
+    def _trains_classifier(self) -> bool:
+        """Whether accuracy means anything: a feature-only objective leaves the classifier as it was."""
+        reads_logits = any("student_logits" in loss.inputs() for loss in self.plain.losses.values())
+        reads_both = any("student_dist_logits" in loss.inputs() for loss in self.plain.losses.values())
+        return self.plain.task_loss is not None or reads_logits or reads_both
+
+    def _evaluate_teacher(self) -> Accuracy | None:
+        teacher = self.plain.teacher
+        if teacher is None:
+            return None
+        batch = next(iter(self.test_loader))["image"][:1]
+        try:
+            if teacher.predict(batch).shape[1] != len(self.data.classes):
+                return None  # a teacher of other classes: its accuracy on these is not defined
+        except TypeError:  # a backbone without a classifier
+            return None
+        return self._evaluate(teacher, teacher.predict)
+
+    # Files
+
+    def _save_student(self, which: str) -> None:
+        if self.is_main:
+            normalisation = (self.transform.mean, self.transform.std)
+            self.folder.save_student(self.student, which, normalisation, self.data.classes)
+
+    def _save_state(self) -> None:
+        if not self.is_main:
+            return
+        self.folder.save_state(
+            {
+                "distiller": self.plain.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict() if self.ema is not None else None,
+                "step": self.step,
+                "epoch": self.epoch,
+                "best": self.best,
+            }
+        )
+
+    def _load_state(self) -> None:
+        state = self.folder.load_state()
+        self.plain.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+
+    def _finish(self, accuracy: Accuracy | None, teacher: Accuracy | None, seconds: float) -> Result:
+        result = Result(
+            top1=accuracy.top1 if accuracy else None,
+            top5=accuracy.top5 if accuracy else None,
+            best_top1=self.best[0] if self.best else None,
+            best_epoch=self.best[1] if self.best else None,
+            teacher_top1=teacher.top1 if teacher else None,
+            num_steps=self.step,
+            seconds=round(seconds, 1),
+            folder=self.folder.path,
+        )
+        if self.is_main:
+            self.folder.write_summary(
+                result=result,
+                settings=self.settings,
+                transform=self.transform,
+                data=self.data.name,
+                student=self.plain.student.name,
+                teacher=self.plain.teacher.name if self.plain.teacher is not None else None,
+                losses={name: repr(loss) for name, loss in self.plain.losses.items()},
+                weights={name: "schedule" if callable(w) else w for name, w in self.plain.weights.items()},
+                device=device_name(self.accelerator.device),
+                num_processes=self.accelerator.num_processes,
+            )
+            draw_curves(self.folder.metrics(), self.folder.path / "curves.png", result.teacher_top1)
+        self.accelerator.wait_for_everyone()
+        return result
+
+
+class _Window:
+    """Means of the losses, and images a second, since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self.total: Tensor | float = 0.0
+        self.count = self.images = 0
+        self.started = time.perf_counter()
+
+    def add(self, output: DistillerOutput, num_images: int) -> None:
+        for name, value in output.losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+        self.total = self.total + output.loss.detach()
+        self.count += 1
+        self.images += num_images
+
+    def close(self) -> tuple[dict[str, float], float, float]:
+        """(mean losses, mean total, images a second), and start anew."""
+        losses = {name: float(value) / self.count for name, value in self.losses.items()}
+        total, rate = float(self.total) / self.count, self.images / (time.perf_counter() - self.started)
+        self.__init__()
+        return losses, total, rate
+
+
+def transform_for(student: Student) -> TransformSettings:
+    """Crops and normalisation that fit a student: pad-and-crop for images of up to 64 pixels, else random resized.
+
+    Raises:
+        ValueError: the student takes images that are not square.
+    """
+    channels, height, width = student.input_size
+    if height != width:
+        raise ValueError(
+            f"Trainer: '{student.name}' takes {height}x{width} images, and the built-in transforms are square; "
+            "use an own loop with Distiller for other shapes."
+        )
+    facts = {"image_size": height, "num_channels": channels}
+    if student.normalisation is not None:
+        mean, std = student.normalisation
+        # A one-channel student that timm made from a three-channel one still states three means.
+        one = channels == 1 and len(mean) == 3
+        facts |= {"mean": (sum(mean) / 3,) if one else mean, "std": (sum(std) / 3,) if one else std}
+    elif channels == 1:
+        facts |= {"mean": (0.5,), "std": (0.5,)}
+    if height <= 64:
+        facts |= {"crop_padding": 2 if height < 32 else 4, "interpolation": "bilinear"}
+    return TransformSettings(**facts)

@@ -1,0 +1,234 @@
+"""Student and Teacher: a model, what is known of it, and the signals that are read out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdvit.bridge import ImageBridge
+from kdvit.signals import CALLABLE_SIGNALS, SignalInfo
+from kdvit.taps.family import Grid, logits_of
+from kdvit.taps.reader import Reader, Request, family_of, probe
+
+Size = tuple[int, int, int]
+
+
+class Wrapper(nn.Module):
+    """What Student and Teacher share. Facts that the model states itself need not be given.
+
+    Args:
+        model: any nn.Module, or a model name (see `kdvit.models.create_model`).
+        input_size: (channels, height, width) of its images.
+        mean: per-channel mean of the normalisation that the model expects.
+        std: per-channel standard deviation of it.
+        num_prefix_tokens: class, distillation and register tokens in tokens that are read by module path.
+        grid: (h, w) of the patch tokens that are read by module path.
+        name: how errors and `describe` call it.
+    """
+
+    role = "Model"
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        *,
+        input_size: Size | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        num_prefix_tokens: int | None = None,
+        grid: Grid | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, (nn.Module, str)):
+            raise TypeError(
+                f"{self.role}: model must be a torch.nn.Module or a model name, got {type(model).__name__}; "
+                "pass the module itself."
+            )
+        if (mean is None) != (std is None):
+            raise ValueError(f"{self.role}: mean and std must be given together; give both or neither.")
+        self.name = name or (model if isinstance(model, str) else _name_of(model))
+        self.model = self.create(model) if isinstance(model, str) else model
+        self.geometry = {"num_prefix_tokens": num_prefix_tokens, "grid": grid}
+        family = family_of(self.model, self.name, **self.geometry)
+        self.input_size = tuple(input_size) if input_size is not None else family.input_size()
+        self.takes_any_size = family.takes_any_size()
+        self.normalisation = (tuple(mean), tuple(std)) if mean is not None else family.normalisation()
+        self._requests: tuple[Request, ...] = ()
+        self._reader: Reader | None = None
+
+    def create(self, name: str) -> nn.Module:
+        from kdvit.models import create_model
+
+        return create_model(name)
+
+    def listen(self, requests: Sequence[Request]) -> dict[Request, SignalInfo]:
+        """Tap the model for these signals and look at them once, on a blank image.
+
+        Raises:
+            ValueError: the model cannot give one of them, or cannot run on its input size.
+        """
+        self.deafen()
+        self._requests = tuple(requests)
+        self._reader = self._make_reader()
+        try:
+            _, signals = probe(self._reader.read, self.model, self.input_size)
+        except ValueError:
+            self.deafen()
+            raise
+        except (RuntimeError, TypeError, AssertionError, IndexError) as error:
+            self.deafen()
+            size = "x".join(map(str, self.input_size))
+            raise ValueError(
+                f"{self.role}: '{self.name}' cannot run on {size} images ({str(error).splitlines()[0]}); "
+                "pass input_size=(channels, height, width) of the images that it takes."
+            ) from error
+        return self._reader.describe(signals)
+
+    def deafen(self) -> None:
+        """Take the taps off; the model is as it was."""
+        if self._reader is not None:
+            self._reader.remove()
+        self._reader, self._requests = None, ()
+
+    def _make_reader(self) -> Reader:
+        family = family_of(self.model, self.name, **self.geometry)
+        return Reader(family, self._requests, self.input_size)
+
+    # A copied model carries inert taps only: a copy of the wrapper listens anew, for itself.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._requests:
+            self._reader = self._make_reader()
+
+
+class Student(Wrapper):
+    """The model that learns.
+
+    Example:
+        >>> student = Student(torch.nn.Flatten(), input_size=(1, 2, 2))
+        >>> student(torch.ones(3, 1, 2, 2))[0].shape
+        torch.Size([3, 4])
+    """
+
+    role = "Student"
+
+    def forward(self, images: Tensor) -> tuple[Tensor | None, dict[Request, Any]]:
+        """(the logits that the model gives at inference, or None where it has none; the signals)."""
+        output, signals = self._reader.read(images) if self._reader is not None else (self.model(images), {})
+        try:
+            return logits_of(output, self.name), signals
+        except TypeError:  # a backbone without a classifier trains on feature losses alone
+            return None, signals
+
+
+class Teacher(Wrapper):
+    """The model that teaches: frozen, always in eval mode, and fed with what it was trained on.
+
+    Args:
+        model: any nn.Module, or a model name, whose published weights are then loaded.
+        class_map: for each class of the student, the teacher's class: a teacher of many classes teaches a subset.
+        dtype: run the teacher in another precision, such as ``torch.bfloat16``; its signals come back in float32.
+        input_size: see `Wrapper`; images of another size are resized to it where given, or where the model
+            takes no other.
+        mean, std, num_prefix_tokens, grid, name: see `Wrapper`.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, or the class map is empty.
+    """
+
+    role = "Teacher"
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        *,
+        class_map: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        **facts: Any,
+    ) -> None:
+        super().__init__(model, **facts)
+        if facts.get("input_size") is not None:
+            self.takes_any_size = False
+        for name, weight in self.model.state_dict().items():
+            if weight.is_floating_point() and not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"Teacher: the weights of '{self.name}' must be finite, got NaN or infinity in '{name}'; "
+                    "load a sound checkpoint."
+                )
+        if class_map is not None and len(class_map) == 0:
+            raise ValueError("Teacher: class_map must name at least one class, got none; leave it out to keep all.")
+        self.register_buffer(
+            "class_map", None if class_map is None else torch.as_tensor(class_map, dtype=torch.long), persistent=False
+        )
+        self.dtype = dtype
+        if dtype is not None:
+            self.model.to(dtype)
+        self.bridge = ImageBridge()
+        self.model.requires_grad_(False)
+        self.eval()
+
+    def create(self, name: str) -> nn.Module:
+        from kdvit.models import create_model
+
+        return create_model(name, pretrained=True)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher stays in eval mode, whatever is asked."""
+        return super().train(False)
+
+    def listen(self, requests: Sequence[Request]) -> dict[Request, SignalInfo]:
+        infos = super().listen(requests)
+        for request, info in infos.items():
+            if request.signal == "logits" and self.class_map is not None:
+                if int(self.class_map.max()) >= info.dim or int(self.class_map.min()) < 0:
+                    raise ValueError(
+                        f"Teacher: class_map must name classes in 0..{info.dim - 1}, got "
+                        f"{int(self.class_map.min())}..{int(self.class_map.max())}; map onto the teacher's classes."
+                    )
+                shape = (len(self.class_map),)
+                infos[request] = SignalInfo(info.signal, info.location, shape, model=info.model)
+        return infos
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[Request, Any]:
+        """The signals for the student's images, without a graph."""
+        if self.model.training:  # somebody called .train() on the model behind our back
+            self.model.eval()
+        if self._reader is None:
+            return {}
+        images = self.bridge(images)
+        _, signals = self._reader.read(images if self.dtype is None else images.to(self.dtype))
+        return {request: self._finish(request, value) for request, value in signals.items()}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The teacher's logits (B, C) in the student's classes, for the student's images."""
+        images = self.bridge(images)
+        output = self.model(images if self.dtype is None else images.to(self.dtype))
+        logits = logits_of(output, self.name).float()
+        return logits if self.class_map is None else logits[:, self.class_map]
+
+    def _finish(self, request: Request, value: Any) -> Any:
+        maps_classes = self.class_map is not None
+        if request.signal in CALLABLE_SIGNALS:
+            return (lambda x: value(x)[:, self.class_map]) if maps_classes else value
+        if request.signal == "logits" and maps_classes:
+            value = value[:, self.class_map]
+        return value if self.dtype is None else value.float()
+
+    def _make_reader(self) -> Reader:
+        family = family_of(self.model, self.name, **self.geometry)
+        return Reader(family, self._requests, self.input_size, stop_early=True)
+
+
+def _name_of(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__

@@ -1,0 +1,69 @@
+"""Copy what the tests need of the reference data into tests/golden: ``python tools/copy_golden.py SRC_DIR``.
+
+The sources hold inputs, weights, outputs and gradients of the official implementations, in two layouts
+(``case/group.name`` and ``case.group.name``). The copies have one: keys ``case/group.name``, and the metadata
+``sources`` (JSON: repository, commit, files) and ``cases`` (JSON: hyper-parameters of each case).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden"
+MAX_BYTES = 3_000_000
+
+#: File -> pattern of the tensors to leave out, None to copy all.
+FILES = {
+    "response_kd": r"/out\.ce_form$",
+    "response_deit": None,
+    "response_dkd": None,
+    "response_normkd": None,
+    "response_logitstd": None,
+    "feature_vitkd": r"/rng\.(mask|ids_restore)$",
+    "feature_fitnet": None,
+    # What the relations do not depend on: all behind the last blocks' qkv, and the relation cases' own inputs.
+    "feature_tinymim": (
+        r"relation_\w+/(w\..*|in\.x_.|grad\.x_s|out\..._.)$|/w\.(student|teacher)\.norm\."
+        r"|/w\.(student\.blocks\.11|teacher\.blocks\.3)\.(attn\.proj|norm2|mlp)\."
+    ),
+}
+
+
+def copy(source: Path, target: Path, leave_out: str | None) -> None:
+    """Copy one file in the common layout."""
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+        meta = json.loads(metadata.get("meta") or metadata["golden"])
+        tensors = {unify(key, meta["cases"]): file.get_tensor(key) for key in file.keys()}
+    kept = {key: x for key, x in tensors.items() if leave_out is None or not re.search(leave_out, key)}
+    cases = {case: facts.get("hyperparameters", facts) for case, facts in meta["cases"].items()}
+    sources = meta.get("sources") or [{key: meta[key] for key in ("repo", "commit", "files")}]
+    save_file(kept, target, {"sources": json.dumps(sources), "cases": json.dumps(cases), "notes": meta["notes"]})
+
+
+def unify(key: str, cases: dict) -> str:
+    """``case.group.name`` -> ``case/group.name``."""
+    case = max((c for c in cases if key.startswith((f"{c}.", f"{c}/"))), key=len)
+    return f"{case}/{key[len(case) + 1 :]}"
+
+
+def main(source_dir: str) -> None:
+    TARGET.mkdir(exist_ok=True)
+    for name, leave_out in FILES.items():
+        copy(Path(source_dir) / f"{name}.safetensors", TARGET / f"{name}.safetensors", leave_out)
+    total = sum(path.stat().st_size for path in TARGET.iterdir())
+    if total > MAX_BYTES:
+        raise SystemExit(f"tests/golden must stay below {MAX_BYTES} bytes, got {total}; leave more out.")
+    print(f"{len(FILES)} files, {total} bytes in {TARGET}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(sys.argv[1])
