@@ -58,6 +58,8 @@ class ImageBridge(nn.Module):
                         f"Teacher: '{teacher.name}' takes {size[0]}x{size[1]} images and the student's are "
                         f"{ours[1]}x{ours[2]}: resizing would distort them; choose an input_size of one shape."
                     )
+                if size == ours[1:] and student.takes_any_size is False:
+                    size = None
         scale = shift = None
         if student.normalisation and teacher.normalisation and student.normalisation != teacher.normalisation:
             (mean_s, std_s), (mean_t, std_t) = (map(torch.tensor, n) for n in _alike(student, teacher))

@@ -45,6 +45,7 @@ def copy(source: Path, target: Path, leave_out: str | None) -> None:
     cases = {case: facts.get("hyperparameters", facts) for case, facts in meta["cases"].items()}
     sources = meta.get("sources") or [{key: meta[key] for key in ("repo", "commit", "files")}]
     save_file(kept, target, {"sources": json.dumps(sources), "cases": json.dumps(cases), "notes": meta["notes"]})
+    target.chmod(0o644)
 
 
 def unify(key: str, cases: dict) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class RunFolder:
     def write_summary(self, **facts: Any) -> None:
         """Write run.json: the given facts, and the machine and versions that they were made with."""
         record = {
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "python": platform.python_version(),
             "versions": {name: metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")},

@@ -69,8 +69,8 @@ def unfused_probabilities(model: nn.Module, images: Tensor) -> list[Tensor]:
 def test_query_key_and_value_are_those_of_the_attention_product(vit_case, monkeypatch):
     is_cait = vit_case.name == "cait"
     truth = cait_products(vit_case) if is_cait else products(vit_case, monkeypatch)
-    depth, tokens = len(vit_case.model.blocks), vit_case.flavour.prefix + vit_case.flavour.grid[0] * vit_case.flavour.grid[1]
-    for block in range(depth):
+    tokens = vit_case.flavour.prefix + vit_case.flavour.grid[0] * vit_case.flavour.grid[1]
+    for block in range(len(vit_case.model.blocks)):
         _, query, key, value = vit_case.read(("query", block), ("key", block), ("value", block))
         for read, true in zip((query, key, value), truth[block], strict=True):
             assert read.shape == true.shape and read.shape[2] == tokens
@@ -111,7 +111,9 @@ def test_the_model_keeps_its_fused_kernel(make_case, monkeypatch):
     assert all(block.attn.fused_attn for block in case.model.blocks)
 
 
-@pytest.mark.parametrize("name", ["vit", "qk_norm", "dinov3", "eva02 fused", "beit both biases", "cait", "grouped query"])
+@pytest.mark.parametrize(
+    "name", ["vit", "qk_norm", "dinov3", "eva02 fused", "beit both biases", "cait", "grouped query"]
+)
 def test_gradients_of_attention_are_those_of_the_unfused_model(make_case, name):
     """The recomputed probabilities train the projections (and bias tables) as the model's own would."""
     case = make_case(name)
@@ -129,8 +131,9 @@ def test_gradients_of_attention_are_those_of_the_unfused_model(make_case, name):
     (attention * target).sum().backward()
     compared = 0
     for (path, p), true in zip(case.model.named_parameters(), unfused.parameters(), strict=True):
-        assert (p.grad is None) == (true.grad is None), path
-        if p.grad is not None:
+        if p.grad is None:  # BEiT joins the biases of query, key and value; the value's then gets a gradient of 0
+            assert true.grad is None or not true.grad.any(), path
+        else:
             torch.testing.assert_close(p.grad, true.grad, rtol=1e-4, atol=1e-5)
             compared += 1
     assert compared > 10
@@ -163,14 +166,13 @@ def test_attention_of_a_half_precision_model_is_float32(make_case):
         assert (attention - true).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64])
-def test_attention_of_a_double_model_is_double(make_case, dtype):
+def test_attention_of_a_double_model_is_double(make_case):
     case = make_case("beit")
-    case.model.to(dtype)
-    case.images = case.images.to(dtype)
+    case.model.double()
+    case.images = case.images.double()
     truth = unfused_probabilities(case.model, case.images)
     _, attention = case.read(("attention", 1))
-    assert attention.dtype == dtype
+    assert attention.dtype == torch.float64
     torch.testing.assert_close(attention, truth[1], rtol=0, atol=1e-14)
 
 

@@ -1,0 +1,7 @@
+"""``python -m kdvit``."""
+
+import sys
+
+from kdvit.cli import main
+
+sys.exit(main())

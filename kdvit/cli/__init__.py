@@ -1,0 +1,55 @@
+"""The command ``kdvit``: for people who write no Python."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from kdvit import __version__
+from kdvit.signals import nearest
+
+#: Command -> (module with ``main(argv)``, one line of help). A module is imported when its command is called.
+COMMANDS = {
+    "quickstart": ("kdvit.cli.quickstart", "train a small ViT alone and distilled, on images inside the package"),
+    "distill": ("kdvit.cli.distill", "distil a teacher into a student on your images"),
+    "list": ("kdvit.cli.listing", "what there is: losses, models, data"),
+}
+
+_USAGE = """usage: kdvit COMMAND [options]
+
+Knowledge distillation for vision transformers: a big model teaches a small one.
+
+{commands}
+
+kdvit COMMAND --help   the options of a command
+kdvit --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. What a user got wrong is one sentence and exit code 2; KDVIT_TRACEBACK=1 shows where it was found."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE.format(commands="\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())))
+        return 0
+    if argv[0] == "--version":
+        print(f"kdvit {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        return _fail(f"unknown command '{argv[0]}'{nearest(argv[0], COMMANDS) or ';'} Known: {', '.join(COMMANDS)}.")
+    try:
+        import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    except (ValueError, TypeError, RuntimeError) as error:
+        if os.environ.get("KDVIT_TRACEBACK"):
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("stopped; the last whole epoch is kept, and --resume goes on from it.", code=130)
+    return 0
+
+
+def _fail(sentence: str, code: int = 2) -> int:
+    print(f"kdvit: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,112 @@
+"""``kdvit distill``: a teacher, a student, images, losses; a run folder comes out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from kdvit.cli.options import parse_loss, parse_options
+from kdvit.cost import human, num_parameters
+from kdvit.data import open_data
+from kdvit.distiller import Distiller
+from kdvit.models import create_model
+from kdvit.training import Trainer, Training
+from kdvit.training.arguments import add_arguments
+from kdvit.wrappers import Student, Teacher
+
+_EXAMPLE = """example:
+  kdvit distill --data ./images --teacher vit_base_patch16_224 --student deit_tiny_patch16_224 \\
+      --loss vitkd --loss 0.5*dkd:beta=2 --epochs 100 --output runs/first
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    given = {item.name: getattr(arguments, item.name) for item in fields(Training)}
+    if given["steps"] is not None:
+        given["epochs"] = None
+    settings = Training(**given)
+    losses = [parse_loss(text) for text in arguments.loss or ["kd"]]
+    data = open_data(arguments.data)
+    teacher = _teacher(arguments)
+    student = _student(arguments, len(data.classes), teacher)
+    distiller = Distiller(
+        teacher, student, losses, task_loss=None if arguments.no_task_loss else "cross_entropy",
+        task_weight=arguments.task_weight,
+    )  # fmt: skip
+    trainer = Trainer(distiller, data, settings, arguments.output, resume=arguments.resume, title=student.name)
+    if trainer.shows:
+        print(distiller.describe())
+    if arguments.check:
+        return
+    result = trainer.fit()
+    if trainer.shows:
+        _report(result, student)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kdvit distill",
+        description="Distil a teacher into a student.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("what").add_argument
+    add("--data", required=True, help="`kdvit list data`: a built-in name, a folder, a parquet file, a hub name")
+    add("--teacher", required=True, help="`kdvit list models`: a shipped or timm name, or a folder that was saved")
+    add("--teacher-checkpoint", help="weights of the teacher (safetensors or torch), instead of the published ones")
+    add("--teacher-options", default="", help="NAME=VALUE,... for timm.create_model")
+    add("--class-map", help="JSON file: a list with the teacher's class for each class of the data")
+    add("--student", required=True, help="a timm name, or a folder that was saved")
+    add("--student-options", default="", help="NAME=VALUE,... for timm.create_model, such as img_size=32,patch_size=4")
+    add("--student-pretrained", action="store_true", help="start from published weights, not from random ones")
+    add("--loss", action="append", metavar="[WEIGHT*]NAME[:OPTIONS]",
+        help="`kdvit list losses`; may be repeated; kd:temperature=2,standardize=True [kd]")  # fmt: skip
+    add("--task-weight", type=float, default=1.0, help="weight of the cross-entropy with the labels [%(default)s]")
+    add("--no-task-loss", action="store_true", help="learn from the teacher alone")
+    add("--output", default="runs/distill", help="run folder [%(default)s]")
+    add("--resume", action="store_true", help="go on with the run in the run folder")
+    add("--check", action="store_true", help="check everything, show what would be read, train nothing")
+    add_arguments(parser.add_argument_group("training"), Training)
+    return parser
+
+
+def _teacher(arguments: argparse.Namespace) -> Teacher:
+    model = create_model(
+        arguments.teacher,
+        pretrained=arguments.teacher_checkpoint is None,
+        checkpoint=arguments.teacher_checkpoint,
+        **parse_options(arguments.teacher_options, "--teacher-options"),
+    )
+    class_map = None
+    if arguments.class_map is not None:
+        try:
+            class_map = json.loads(Path(arguments.class_map).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--class-map: '{arguments.class_map}' must be a JSON file with a list of class numbers ({error})."
+            ) from error
+    return Teacher(model, class_map=class_map, name=arguments.teacher)
+
+
+def _student(arguments: argparse.Namespace, num_classes: int, teacher: Teacher) -> Student:
+    torch.manual_seed(arguments.seed)
+    options = {"num_classes": num_classes, **parse_options(arguments.student_options, "--student-options")}
+    model = create_model(arguments.student, pretrained=arguments.student_pretrained, **options)
+    if arguments.student_pretrained or teacher.normalisation is None:
+        return Student(model, name=arguments.student)
+    # From scratch any normalisation does, so take the teacher's: nothing to convert in the step.
+    mean, std = teacher.normalisation
+    return Student(model, name=arguments.student, mean=mean, std=std)
+
+
+def _report(result: object, student: Student) -> None:
+    size = human(num_parameters(student.model))
+    accuracy = f"{result.top1:.2f} % top-1" if result.top1 is not None else "no classifier to evaluate"
+    print(f"{student.name} ({size} parameters): {accuracy}, {result.seconds:.0f} s, saved in {result.folder}/student")
+    print(f'load it:  timm.create_model("local-dir:{result.folder}/student", pretrained=True)')

@@ -1,0 +1,50 @@
+"""Losses and model options as they are typed on the command line."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+from kdvit.losses import Loss, make
+
+
+def parse_options(text: str, owner: str) -> dict[str, Any]:
+    """``"alpha=1,beta=8,kind=hard"`` -> ``{"alpha": 1, "beta": 8, "kind": "hard"}``; only literals, nothing is run.
+
+    Raises:
+        ValueError: not of this form.
+    """
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{owner}: options must be NAME=VALUE,NAME=VALUE, got '{text}'; see --help.") from error
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):  # a bare word is a string
+        return node.id
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_value(item) for item in node.elts)
+    return ast.literal_eval(node)
+
+
+def parse_loss(text: str) -> tuple[float, Loss]:
+    """``[WEIGHT*]NAME[:OPTIONS]``, such as ``dkd``, ``0.5*dkd:beta=2,temperature=1`` or ``9*kd:standardize=True``.
+
+    Example:
+        >>> parse_loss("0.5*kd:temperature=2")
+        (0.5, KD(temperature=2.0))
+    """
+    match = re.fullmatch(r"(?:([^*:]+)\*)?(\w+)(?::(.*))?", text.strip())
+    if match is None:
+        raise ValueError(f"--loss must be [WEIGHT*]NAME[:OPTION=VALUE,...], got '{text}'; try 0.5*dkd:beta=2.")
+    weight, name, options = match.groups()
+    try:
+        number = float(weight) if weight is not None else 1.0
+    except ValueError as error:
+        raise ValueError(f"--loss: the weight must be a number, got '{weight}' in '{text}'; try 0.5*{name}.") from error
+    return number, make(name, **parse_options(options or "", f"--loss {name}"))

@@ -1,0 +1,101 @@
+"""Hierarchical transformers and CNNs: stages, pooled features and head against timm's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from kdvit.taps.reader import family_of
+
+
+@torch.no_grad()
+def test_feature_maps_are_timms_intermediates(stages_case):
+    maps = stages_case.model.forward_intermediates(stages_case.images, intermediates_only=True)
+    family = family_of(stages_case.model, stages_case.name)
+    assert type(family).__name__ == "TimmStages"
+    assert family.num_blocks() == len(maps) >= 4
+    for stage, true in enumerate(maps):
+        _, by_index, by_end, by_path = stages_case.read(
+            ("feature_map", stage), ("feature_map", stage - len(maps)), ("feature_map", family.stages[stage])
+        )
+        assert by_index.shape == true.shape and by_index.shape[1] == stages_case.model.feature_info[stage]["num_chs"]
+        torch.testing.assert_close(by_index, true, rtol=0, atol=0)
+        torch.testing.assert_close(by_end, true, rtol=0, atol=0)
+        torch.testing.assert_close(by_path, true, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_pooled_and_head_are_timms(stages_case):
+    model, images = stages_case.model, stages_case.images
+    logits = model(images)
+    pre_logits = model.forward_head(model.forward_features(images), pre_logits=True)
+    output, pooled, head, read_logits = stages_case.read("pooled", "head", "logits")
+    torch.testing.assert_close(output, logits, rtol=0, atol=0)
+    torch.testing.assert_close(read_logits, logits, rtol=0, atol=0)
+    torch.testing.assert_close(pooled, pre_logits, rtol=0, atol=0)
+    torch.testing.assert_close(head(pooled), logits)
+
+
+def test_geometry_is_described(stages_case):
+    reader = stages_case.reader(("feature_map", -1), "pooled", "head")
+    _, signals = reader.read(stages_case.images)
+    last, pooled, head = reader.describe(signals).values()
+    width = stages_case.model.feature_info[-1]["num_chs"]
+    assert last.shape == (width, 2, 2) and last.dim == width and last.grid == (2, 2)
+    assert last.location == stages_case.model.feature_info[-1]["module"]
+    assert pooled.shape == (stages_case.model.head_hidden_size,) and pooled.grid is None
+    assert head.shape == () and head.model == stages_case.name
+
+
+@pytest.mark.parametrize("signal", ["attention", "cls_attention", "query", "key", "value"])
+def test_attention_is_refused(stages_case, signal):
+    with pytest.raises(ValueError) as error:
+        stages_case.reader((signal, 1))
+    assert str(error.value) == (
+        f"{stages_case.name} gives no {signal} at 1: it is a model of stages without token attention over one grid; "
+        "choose a transformer (a timm or Hugging Face ViT, DeiT, DINO, BEiT, Eva, CaiT) or another loss."
+    )
+
+
+@pytest.mark.parametrize("request_", [("tokens", 0), ("cls_token", 0), ("tail", 0), ("normed_tokens", None)])
+def test_token_signals_are_refused(make_case, request_):
+    signal, stage = request_
+    where = "" if stage is None else f" at {stage}"
+    with pytest.raises(ValueError) as error:
+        make_case("convnext").reader(request_)
+    assert str(error.value) == (
+        f"convnext gives no {signal}{where}: it is a model of stages and gives logits, pooled, head; "
+        "feature_map of stages 0..3 or of a dotted module path."
+    )
+
+
+def test_an_unknown_stage_is_refused(make_case):
+    case = make_case("convnext")
+    with pytest.raises(ValueError) as error:
+        case.reader(("feature_map", 4))
+    assert str(error.value) == (
+        "convnext: stage must be in 0..3 (or -4..-1 from the end), got 4; the model has 4 stages."
+    )
+    with pytest.raises(ValueError, match="stage must be an index or a dotted module path, got None; it has 4 stages"):
+        case.reader(("feature_map", None))
+
+
+def test_a_path_inside_a_channels_last_model(make_case):
+    """Swin's blocks give (B, h, w, D): nobody may take that for (B, D, h, w)."""
+    with pytest.raises(ValueError) as error:
+        make_case("swin").reader(("feature_map", "layers.0.blocks.0"))
+    assert str(error.value) == (
+        "swin gives no feature_map at 'layers.0.blocks.0': inside this model maps are channels-last; "
+        "read a stage, 0..3."
+    )
+    case = make_case("convnext")
+    _, inside, stage = case.read(("feature_map", "stages.0.blocks.0"), ("feature_map", 0))
+    assert inside.shape == stage.shape
+
+
+def test_sizes(make_case):
+    assert family_of(make_case("swin").model, "swin").takes_any_size() is False
+    assert family_of(make_case("resnet18").model, "resnet18").takes_any_size() is True
+    plain = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1))
+    assert family_of(plain, "plain").takes_any_size() is True
