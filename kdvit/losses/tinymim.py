@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdvit.losses.checks import choice, count, same_grid
+from kdvit.losses.checks import choice, count, same_batch, same_grid
 from kdvit.losses.loss import Loss, register
 from kdvit.losses.precision import at_least_float32
 from kdvit.signals import Location, ModelInfo
@@ -144,6 +144,7 @@ class TinyMIM(Loss):
         terms = {}
         for relation in self.relations:
             student, teacher = ([given[side][letter] for letter in relation] for side in ("student", "teacher"))
+            same_batch(self, "student", student[0], "teacher", teacher[0])
             self._check(student[0].shape[1:], teacher[0].shape[1:])
             operands = (*self._operands("student", *student), *self._operands("teacher", *teacher))
             terms[relation] = _RelationKL.apply(*operands)

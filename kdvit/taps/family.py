@@ -118,7 +118,7 @@ class Family:
     def check_path(self, path: str) -> None:
         known = [name for name, _ in self.model.named_modules() if name]
         if path not in known:
-            hint = nearest(path, known) or f" It starts with: {', '.join(n for n, _ in self.model.named_children())}."
+            hint = nearest(path, known) or f"; it starts with: {', '.join(n for n, _ in self.model.named_children())}."
             raise ValueError(f"{self.name}: module path must exist, got '{path}'{hint}")
 
     def index(self, location: Location | None, count: int, what: str = "block") -> int:

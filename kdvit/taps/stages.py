@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,9 @@ from kdvit.signals import Location
 from kdvit.taps.family import Source
 from kdvit.taps.tap import TapPoint
 from kdvit.taps.timm_facts import TimmFacts
+
+#: Classes whose stages give (B, h, w, D) without saying so in ``output_fmt``, as Swin does.
+UNDECLARED_CHANNELS_LAST = ("VisionTransformerSAM", "VOLO", "Sequencer2d")
 
 
 class TimmStages(TimmFacts):
@@ -24,13 +28,16 @@ class TimmStages(TimmFacts):
     def __init__(self, model: nn.Module, name: str, **geometry) -> None:
         super().__init__(model, name, **geometry)
         self.stages = [stage["module"] for stage in model.feature_info]
-        self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self.widths = [stage["num_chs"] for stage in model.feature_info]
+        self.channels_last = (
+            getattr(model, "output_fmt", "NCHW") == "NHWC" or type(model).__name__ in UNDECLARED_CHANNELS_LAST
+        )
 
     def num_blocks(self) -> int:
         return len(self.stages)
 
     def source(self, signal: str, location: Location | None, input_size: tuple[int, int, int] | None) -> Source:
-        if isinstance(location, str) and location not in self.stages:
+        if isinstance(location, str) and not (signal == "feature_map" and location in self.stages):
             if signal == "feature_map" and self.channels_last:
                 raise ValueError(
                     f"{self.name} gives no feature_map at '{location}': inside this model maps are channels-last; "
@@ -42,17 +49,26 @@ class TimmStages(TimmFacts):
         if signal != "feature_map":
             raise self.cannot(signal, location)
         stage = self.stages.index(location) if isinstance(location, str) else location
-        path = self.stages[self.index(stage, len(self.stages), "stage")]
-        to_map = _channels_first if self.channels_last else _unchanged
+        stage = self.index(stage, len(self.stages), "stage")
+        path, width = self.stages[stage], self.widths[stage]
+        self.check_path(path)  # a few of timm's feature_info name modules that the model does not have
+
+        def to_map(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.ndim != 4:
+                return x  # refused when it is described
+            x = x.permute(0, 3, 1, 2) if self.channels_last else x
+            if x.shape[1] != width:
+                raise ValueError(
+                    f"{self.name}: feature_map of stage {stage} must have {width} channels, got shape {tuple(x.shape)} "
+                    f"at '{path}'; choose another stage, or a module path."
+                )
+            return x
+
         return Source(path, (TapPoint(path),), to_map)
 
     def gives(self) -> Sequence[str]:
-        return ("logits, pooled, head", f"feature_map of stages 0..{len(self.stages) - 1} or of a dotted module path")
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+        return (
+            "logits, pooled, head",
+            f"feature_map of stages 0..{len(self.stages) - 1}",
+            "tokens, patch_tokens, feature_map of a dotted module path",
+        )

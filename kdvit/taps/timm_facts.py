@@ -37,14 +37,17 @@ class TimmFacts(Family):
         if signal == "logits":
             return Source("output", (), lambda output: logits_of(output, self.name))
         if signal == "dist_logits":
-            if not isinstance(getattr(self.model, "head_dist", None), nn.Linear):
+            if not isinstance(getattr(self.model, "head_dist", None), nn.Module):
                 raise self.cannot(signal, None)
             return Source("head_dist", (TapPoint("head_dist"),), lambda logits: logits)
         path = self.classifier_path()
-        if signal == "pooled":
-            return Source(path, (TapPoint(path, "input"),), lambda call: call[0][0])
         classifier = self.model.get_submodule(path)
-        return Source(path, (), lambda: classifier)
+        convolves = isinstance(classifier, nn.Conv2d)  # ResNetV2, DLA: a 1x1 convolution over a 1x1 map
+        if signal == "pooled":
+            point = TapPoint(path, "input")
+            return Source(path, (point,), lambda call: call[0][0].flatten(1) if convolves else call[0][0])
+        head = (lambda pooled: classifier(pooled[..., None, None]).flatten(1)) if convolves else classifier
+        return Source(path, (), lambda: head)
 
     def class_head_source(self) -> Source:
         """The class token's own logits of a distilled model."""

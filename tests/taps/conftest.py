@@ -90,6 +90,7 @@ STAGES = {
     "maxvit": ("test_maxvit", dict(img_size=64)),
     "coatnet": ("test_coatnet", dict(img_size=64)),
     "resnet": ("test_resnet", {}),
+    "resnet v2": ("resnetv2_18", dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 1), stem_chs=8)),
     "resnet18": ("resnet18", dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 1))),
     "regnety": ("regnety_002", {}),
     "convnext": ("test_convnext", {}),

@@ -66,7 +66,7 @@ def test_token_signals_are_refused(make_case, request_):
         make_case("convnext").reader(request_)
     assert str(error.value) == (
         f"convnext gives no {signal}{where}: it is a model of stages and gives logits, pooled, head; "
-        "feature_map of stages 0..3 or of a dotted module path."
+        "feature_map of stages 0..3; tokens, patch_tokens, feature_map of a dotted module path."
     )
 
 
@@ -92,6 +92,22 @@ def test_a_path_inside_a_channels_last_model(make_case):
     case = make_case("convnext")
     _, inside, stage = case.read(("feature_map", "stages.0.blocks.0"), ("feature_map", 0))
     assert inside.shape == stage.shape
+
+
+def test_token_outputs_of_other_architectures(case_of):
+    """XCiT's blocks give tokens: no map by index, but tokens by path."""
+    model = timm.create_model("xcit_nano_12_p16_224", img_size=32, depth=2, num_classes=3)
+    case = case_of("xcit", model.eval(), torch.rand(1, 3, 32, 32))
+    taps = case.reader(("feature_map", 1))
+    with pytest.raises(ValueError, match=r"xcit: feature_map at 'blocks.1' must be a tensor with 4 axes, got shape"):
+        taps.describe(taps.read(case.images)[1])
+    assert case.read(("tokens", "blocks.1"))[1].shape == (1, 4, 128)
+
+
+def test_feature_info_that_names_no_module(case_of):
+    model = timm.create_model("twins_svt_small", img_size=32, depths=(1, 1, 1, 1), num_classes=3)
+    with pytest.raises(ValueError, match="twins: module path must exist, got 'block.0'; did you mean 'blocks.0'"):
+        case_of("twins", model, torch.rand(1, 3, 32, 32)).reader(("feature_map", 0))
 
 
 def test_sizes(make_case):

@@ -1,0 +1,96 @@
+"""``kdvit quickstart``: the same small ViT trained alone and distilled, on images and a teacher inside the package."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kdvit.cost import human, num_macs, num_parameters
+from kdvit.data import ImageData, open_data
+from kdvit.distiller import Distiller
+from kdvit.losses import KD
+from kdvit.models import create_model
+from kdvit.training import Trainer, Training
+from kdvit.wrappers import Student, Teacher
+
+TEACHER = "fashion_mnist_cnn"
+STUDENT = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 3}
+TRAINING = Training(epochs=12, batch_size=128, lr=2e-3, weight_decay=0.05, warmup_epochs=1.0)
+LOSSES = ((1.0, KD(temperature=4.0)),)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was trained, how well it does, what it costs."""
+
+    name: str
+    top1: float
+    num_parameters: int
+    num_macs: int
+    seconds: float | None
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="kdvit quickstart", description=__doc__)
+    parser.add_argument("--output", default="runs/quickstart", help="run folder [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of both students [%(default)s]")
+    parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of both students [%(default)s]")
+    arguments = parser.parse_args(argv)
+    rows = compare(arguments.output, seed=arguments.seed, epochs=arguments.epochs)
+    show(rows, arguments.output)
+
+
+def compare(
+    output: str | Path,
+    *,
+    seed: int = 0,
+    epochs: int = TRAINING.epochs,
+    data: ImageData | None = None,
+    quiet: bool = False,
+) -> list[Row]:
+    """Train the student alone and distilled at equal epochs and seed.
+
+    Returns:
+        Rows for the teacher, the student trained alone, and the student distilled. Accuracies are those of the last
+        epoch, not of the best one.
+    """
+    data = data or open_data("fashion-mnist-sample")
+    settings = Training(**{**vars(TRAINING), "epochs": epochs, "seed": seed})
+    rows, teacher_top1 = [], None
+    for name, losses in (("alone", ()), ("distilled", LOSSES)):
+        teacher = Teacher(TEACHER) if losses else None
+        torch.manual_seed(seed)
+        model = create_model("vit_tiny_patch16_224", num_classes=len(data.classes), **STUDENT)
+        student = Student(model, mean=(0.286,), std=(0.353,), name="small ViT")
+        distiller = Distiller(teacher, student, losses)
+        folder = Path(output) / name
+        result = Trainer(distiller, data, settings, folder, title=f"{name:<9}", quiet=quiet).fit()
+        cost = num_parameters(model), num_macs(model, student.input_size)
+        rows.append(Row(f"student, {name}", result.top1, *cost, result.seconds))
+        if teacher is not None:
+            cost = num_parameters(teacher.model), num_macs(teacher.model, teacher.input_size)
+            rows.insert(0, Row("teacher", result.teacher_top1, *cost, None))
+    return rows
+
+
+def show(rows: Sequence[Row], output: str | Path) -> None:
+    """Print the table, and where to go next."""
+    console = Console()
+    table = Table("", "top-1 on 2,000 test images", "parameters", "MACs an image", "training time")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        seconds = f"{row.seconds:.0f} s" if row.seconds is not None else ""
+        accuracy = f"{row.top1:.2f} %"
+        table.add_row(row.name, accuracy, human(row.num_parameters), human(row.num_macs), seconds)
+    console.print(table)
+    gain = rows[2].top1 - rows[1].top1
+    console.print(f"Distillation changed the student's accuracy by {gain:+.2f} points at equal epochs and seed.")
+    console.print(f"The distilled student is in {output}/distilled/student; load it with", highlight=False)
+    console.print(f'  timm.create_model("local-dir:{output}/distilled/student", pretrained=True)', highlight=False)
