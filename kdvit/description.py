@@ -42,6 +42,8 @@ def describe(distiller: Distiller) -> str:
     console.print(losses)
     if distiller.teacher is not None:
         console.print(f"image bridge, student to teacher: {distiller.teacher.bridge.describe()}")
+        if distiller.teacher.class_map is not None:
+            console.print(f"the teacher's classes, in the student's order: {distiller.teacher.class_map.tolist()}")
     unreached = distiller.parameters_without_gradient
     reach = f"{len(unreached)} tensors, first {unreached[0]}" if unreached else "none"
     console.print(f"trainable parameters that no loss reaches: {reach}")

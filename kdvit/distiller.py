@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from kdvit.bridge import ImageBridge
 from kdvit.losses.loss import Loss, make, needs, reads_teacher
+from kdvit.losses.precision import at_least_float32
 from kdvit.signals import Progress
 from kdvit.taps.reader import Request, model_info, pick, probe, requests_of
 from kdvit.wrappers import Student, Teacher
@@ -77,14 +80,21 @@ class Distiller(nn.Module):
         task_weight: Weight = 1.0,
     ) -> None:
         super().__init__()
-        self.student = student if isinstance(student, Student) else Student(student)
+        student = student if isinstance(student, Student) else Student(student)
+        _refuse_shared(teacher, student)  # before Teacher freezes the weights that it would share
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher)
+        self.student = student.own()
         # Behind nn.Module's back: a teacher is no parameter, no checkpoint entry and nothing for DDP to wrap.
-        object.__setattr__(self, "teacher", teacher)
+        object.__setattr__(self, "teacher", teacher.own() if teacher is not None else None)
         self.task_loss = _task_loss(task_loss)
         self.weights: dict[str, Weight] = {"task": _checked_weight("task_loss", task_weight)}
         self.losses = nn.ModuleDict()
+        if not isinstance(losses, (Loss, str, list, tuple)):
+            raise TypeError(
+                f"Distiller: losses must be a list of losses or (weight, loss) pairs, got {type(losses).__name__}; "
+                'write losses=["kd", (0.5, "vitkd")].'
+            )
         for item in [losses] if isinstance(losses, (Loss, str)) else losses:
             self._add(item)
         self._check_objective()
@@ -92,8 +102,12 @@ class Distiller(nn.Module):
             side: {name: needs(loss, side) for name, loss in self.losses.items()} for side in ("student", "teacher")
         }
         self._check_pair()
-        self._listen()
-        self._rehearse()
+        try:
+            self._listen()
+            self._rehearse()
+        except Exception:
+            self._deafen()
+            raise
 
     # Construction
 
@@ -105,9 +119,11 @@ class Distiller(nn.Module):
                 f"Distiller: losses must hold Loss objects, registered names or (weight, loss) pairs, "
                 f"got {type(loss).__name__}; write losses=[(0.5, kdvit.losses.KD())]."
             )
-        base = loss.name or type(loss).__name__.lower()
-        same = sum(name == base or name.startswith(f"{base}_") for name in self.losses)
-        name = f"{base}_{same + 1}" if same else base
+        name = base = loss.name or type(loss).__name__.lower()
+        count = 1
+        while name in self.weights:
+            count += 1
+            name = f"{base}_{count}"
         self.losses[name] = loss
         self.weights[name] = _checked_weight(name, weight)
 
@@ -120,13 +136,6 @@ class Distiller(nn.Module):
 
     def _check_pair(self) -> None:
         student, teacher = self.student, self.teacher
-        if teacher is not None:
-            own = {id(parameter) for parameter in student.model.parameters()}
-            if teacher.model is student.model or any(id(p) in own for p in teacher.model.parameters()):
-                raise ValueError(
-                    "Distiller: the teacher must be another model than the student, got one that shares its "
-                    "parameters; pass copy.deepcopy(model) to let a model teach itself."
-                )
         if student.input_size is None:
             student.input_size = teacher.input_size if teacher is not None else None
         if student.input_size is None:
@@ -190,13 +199,14 @@ class Distiller(nn.Module):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         parameter = next(self.student.parameters(), torch.zeros(()))
-        labels = torch.zeros(2, dtype=torch.long, device=parameter.device)
+        labels = self._blank_labels(2, parameter.device)
         sample_ids = torch.arange(2, device=parameter.device)
         reached: set[int] = set()
 
         def run(images: Tensor) -> None:
             with torch.enable_grad():
-                reached.update(_leaves(self(images, labels, sample_ids=sample_ids).loss))
+                out = self(images, labels, sample_ids=sample_ids, progress=Progress())
+                reached.update(_leaves(out.loss))
 
         try:
             probe(run, self.student.model, self.student.input_size)
@@ -204,8 +214,32 @@ class Distiller(nn.Module):
             for module, training in modes.items():
                 module.training = training
             self.losses.load_state_dict(buffers)
-        unreached = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached]
+        if not any(id(p) in reached for p in self.student.parameters()):
+            raise ValueError(
+                f"Distiller: the losses must reach a parameter of '{self.student.name}' that requires a gradient, got "
+                "none; call student.requires_grad_(True), or choose losses that read the student."
+            )
+        # A tied parameter has several names, and DDP asks for each of them.
+        trainable = [(name, p) for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad]
+        unreached = [name for name, p in trainable if id(p) not in reached]
         self._ddp_params_and_buffers_to_ignore = unreached
+
+    def _blank_labels(self, batch_size: int, device: torch.device) -> Tensor:
+        """Class ids; or a row of class shares per image where the user's task loss takes nothing else (BCE)."""
+        ids = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if self.task_loss is None or self.task_loss is cross_entropy:
+            return ids
+        shares = F.one_hot(ids, self.num_classes).float()
+        try:
+            self.task_loss(torch.zeros_like(shares), ids)
+        except Exception:  # what is wrong with both kinds of labels is raised by the rehearsal itself
+            return shares
+        return ids
+
+    def _deafen(self) -> None:
+        for wrapper in (self.student, self.teacher):
+            if wrapper is not None:
+                wrapper.deafen()
 
     @property
     def parameters_without_gradient(self) -> list[str]:
@@ -223,7 +257,6 @@ class Distiller(nn.Module):
         progress: Progress | None = None,
     ) -> DistillerOutput:
         self._check_batch(images, labels)
-        progress = progress or Progress()
         taught = self.teacher(images) if self.teacher is not None else {}
         logits, learned = self.student(images)
         signals = {"student": learned, "teacher": taught}
@@ -232,14 +265,13 @@ class Distiller(nn.Module):
         terms: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         if self.task_loss is not None:
-            terms["task"] = self.task_loss(learned[Request("logits")], labels)
+            terms["task"] = _parts("task", self.task_loss(learned[Request("logits")], labels))["task"]
             total = total + self._weight("task", progress) * terms["task"]
         for name, loss in self.losses.items():
-            value = loss(**self._inputs(name, loss, signals, context))
-            parts = value if isinstance(value, Mapping) else {None: value}
-            for part, scalar in parts.items():
-                terms[f"{name}.{part}" if part is not None else name] = scalar
-                total = total + self._weight(name, progress) * scalar
+            weight = self._weight(name, progress)
+            for part, scalar in _parts(name, loss(**self._inputs(name, loss, signals, context))).items():
+                terms[part] = scalar
+                total = total + weight * scalar
         losses = {name: value.detach() for name, value in terms.items()}
         return DistillerOutput(total, losses, logits.detach() if logits is not None else None)
 
@@ -258,22 +290,29 @@ class Distiller(nn.Module):
             raise ValueError(f"Distiller: loss '{name}' needs {parameter}; call distiller(images, labels, ...) with it.")
         return context[parameter]
 
-    def _weight(self, name: str, progress: Progress) -> float:
+    def _weight(self, name: str, progress: Progress | None) -> float:
         weight = self.weights[name]
-        return weight(progress) if callable(weight) else weight
+        if not callable(weight):
+            return weight
+        if progress is None:
+            raise ValueError(
+                f"Distiller: the weight of '{name}' is a function of Progress, got none; call "
+                "distiller(images, labels, progress=kdvit.Progress(step=..., total_steps=...))."
+            )
+        return weight(progress)
 
     def _check_batch(self, images: Tensor, labels: Tensor | None) -> None:
         size = self.student.input_size
-        if images.ndim != 4 or images.shape[1] != size[0]:
+        if images.ndim != 4 or images.shape[1] != size[0] or not images.is_floating_point():
             raise ValueError(
-                f"Distiller: images must be (B, {size[0]}, H, W), got {tuple(images.shape)}; "
+                f"Distiller: images must be (B, {size[0]}, H, W) of floats, got {tuple(images.shape)} {images.dtype}; "
                 "stack a batch of normalised images."
             )
         if self.student.takes_any_size is False and tuple(images.shape[2:]) != tuple(size[1:]):
             raise ValueError(
                 f"Distiller: '{self.student.name}' takes {size[1]}x{size[2]} images, got "
                 f"{images.shape[2]}x{images.shape[3]}; resize them, or make the student with img_size="
-                f"{images.shape[2]}."
+                f"{tuple(images.shape[2:])}."
             )
         if labels is None:
             if self.task_loss is not None:
@@ -336,28 +375,62 @@ def _task_loss(task_loss: str | TaskLoss | None) -> TaskLoss | None:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in float32, for class ids (B,) or probabilities (B, C)."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    logits = at_least_float32(logits)
+    return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels.long())
 
 
 def _checked_weight(name: str, weight: Weight) -> Weight:
     if callable(weight):
         return weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise TypeError(
             f"Distiller: the weight of '{name}' must be a number or a function of Progress, got {weight!r}; "
             "write (0.5, loss)."
         )
+    if not isfinite(weight):
+        raise ValueError(f"Distiller: the weight of '{name}' must be finite, got {weight}; write (0.5, loss).")
     return float(weight)
 
 
+def _refuse_shared(teacher: Teacher | nn.Module | str | None, student: Student) -> None:
+    model = teacher.model if isinstance(teacher, Teacher) else teacher
+    if not isinstance(model, nn.Module):
+        return
+    own = {id(parameter) for parameter in student.model.parameters()}
+    if model is student.model or any(id(parameter) in own for parameter in model.parameters()):
+        raise ValueError(
+            "Distiller: the teacher must be another model than the student, got one that shares its parameters; "
+            "pass copy.deepcopy(model) to let a model teach itself."
+        )
+
+
+def _parts(name: str, value: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a loss returned, by the names of its parts."""
+    parts = {f"{name}.{part}": scalar for part, scalar in value.items()} if isinstance(value, Mapping) else {name: value}
+    for part, scalar in parts.items():
+        if not isinstance(scalar, Tensor) or scalar.ndim != 0:
+            got = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise TypeError(f"Distiller: loss '{part}' must return a scalar tensor, got {got}; take its mean or sum.")
+    return parts
+
+
 def _leaves(loss: Tensor) -> set[int]:
-    """Ids of the parameters that a graph reaches."""
+    """Ids of the parameters that a graph reaches.
+
+    Raises:
+        ValueError: reentrant checkpointing hides the parameters inside from the graph, and from DDP.
+    """
     seen, found, stack = set(), set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ValueError(
+                "Student: activation checkpointing must keep the graph, got use_reentrant=True; "
+                "use use_reentrant=False."
+            )
         if hasattr(node, "variable"):
             found.add(id(node.variable))
         stack.extend(child for child, _ in node.next_functions)

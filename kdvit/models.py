@@ -48,6 +48,8 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
             f"model '{name}': its published weights could not be downloaded ({type(error).__name__}); connect to the "
             "network once, or give the weights as a file (--teacher-checkpoint FILE, checkpoint=)."
         ) from error
+    except RuntimeError as error:  # no published weights, no such pretrained tag, weights of other sizes
+        raise ValueError(f"model '{name}' cannot be made: {str(error).splitlines()[0]}") from error
     if checkpoint is not None:
         load_weights(model, checkpoint, name)
     return model
@@ -73,17 +75,23 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "model") -> Non
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"checkpoint '{path}' cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"checkpoint '{path}' cannot be read ({type(error).__name__}: {(str(error) or 'damaged').splitlines()[0]}); "
             "give a safetensors file or a torch file that loads with weights_only=True."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        held = f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"checkpoint '{path.name}' must hold a state dict, bare or under 'state_dict' or 'model', got {held}; "
+            "save model.state_dict() into it."
+        )
     own = model.state_dict()
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    shapes = [key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)]
     if missing or unknown or shapes:
         parts = [
             f"{len(keys)} {what} (first: {keys[0]})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kdvit.taps.family import Grid, logits_of
 from kdvit.taps.reader import Reader, Request, family_of, probe
 
 Size = tuple[int, int, int]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Wrapper(nn.Module):
@@ -48,15 +50,22 @@ class Wrapper(nn.Module):
                 f"{self.role}: model must be a torch.nn.Module or a model name, got {type(model).__name__}; "
                 "pass the module itself."
             )
-        if (mean is None) != (std is None):
-            raise ValueError(f"{self.role}: mean and std must be given together; give both or neither.")
+        if input_size is not None and (len(input_size) != 3 or any(axis < 1 for axis in input_size)):
+            raise ValueError(
+                f"{self.role}: input_size must be (channels, height, width), got {input_size}; write (3, 224, 224)."
+            )
         self.name = name or (model if isinstance(model, str) else _name_of(model))
         self.model = self.create(model) if isinstance(model, str) else model
         self.geometry = {"num_prefix_tokens": num_prefix_tokens, "grid": grid}
         family = family_of(self.model, self.name, **self.geometry)
-        self.input_size = tuple(input_size) if input_size is not None else family.input_size()
+        self.stated_size = tuple(input_size) if input_size is not None else family.input_size()
+        # What a Distiller settles on for this pair, where the model takes several sizes or states none.
+        self.input_size = self.stated_size
         self.takes_any_size = family.takes_any_size()
-        self.normalisation = (tuple(mean), tuple(std)) if mean is not None else family.normalisation()
+        if mean is None and std is None:
+            self.normalisation = _in_channels(family.normalisation(), self.stated_size)
+        else:
+            self.normalisation = self._given(mean, std)
         self._requests: tuple[Request, ...] = ()
         self._reader: Reader | None = None
 
@@ -64,6 +73,27 @@ class Wrapper(nn.Module):
         from kdvit.models import create_model
 
         return create_model(name)
+
+    def _given(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation:
+        if mean is None or std is None:
+            raise ValueError(f"{self.role}: mean and std must be given together; give both or neither.")
+        allowed = {1, self.stated_size[0] if self.stated_size is not None else len(mean)}
+        if len(mean) != len(std) or len(mean) not in allowed or min(std) <= 0:
+            raise ValueError(
+                f"{self.role}: mean and std must have one value, or one for each channel, and std > 0, got "
+                f"mean={tuple(mean)} and std={tuple(std)}; give those of the model's training images."
+            )
+        return tuple(mean), tuple(std)
+
+    def own(self) -> Wrapper:
+        """This wrapper; or, where it serves a Distiller already, one more around the same model, with its own taps."""
+        if self._reader is None:
+            return self
+        other = copy.copy(self)
+        other.deafen()
+        other._modules, other._buffers = dict(self._modules), dict(self._buffers)
+        other.input_size = self.stated_size
+        return other
 
     def listen(self, requests: Sequence[Request]) -> dict[Request, SignalInfo]:
         """Tap the model for these signals and look at them once, on a blank image.
@@ -76,17 +106,22 @@ class Wrapper(nn.Module):
         self._reader = self._make_reader()
         try:
             _, signals = probe(self._reader.read, self.model, self.input_size)
-        except ValueError:
+        except Exception:
             self.deafen()
+            self._check_runs()  # a model that does not run at all explains itself here
             raise
-        except (RuntimeError, TypeError, AssertionError, IndexError) as error:
-            self.deafen()
+        return self._reader.describe(signals)
+
+    def _check_runs(self) -> None:
+        try:
+            probe(self.model, self.model, self.input_size)
+        except Exception as error:
             size = "x".join(map(str, self.input_size))
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"{self.role}: '{self.name}' cannot run on {size} images ({str(error).splitlines()[0]}); "
+                f"{self.role}: '{self.name}' cannot run on {size} images ({reason}); "
                 "pass input_size=(channels, height, width) of the images that it takes."
             ) from error
-        return self._reader.describe(signals)
 
     def deafen(self) -> None:
         """Take the taps off; the model is as it was."""
@@ -168,6 +203,8 @@ class Teacher(Wrapper):
         self.register_buffer(
             "class_map", None if class_map is None else torch.as_tensor(class_map, dtype=torch.long), persistent=False
         )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"Teacher: dtype must be a floating point torch.dtype, got {dtype!r}; pass torch.bfloat16.")
         self.dtype = dtype
         if dtype is not None:
             self.model.to(dtype)
@@ -200,33 +237,46 @@ class Teacher(Wrapper):
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[Request, Any]:
         """The signals for the student's images, without a graph."""
-        if self.model.training:  # somebody called .train() on the model behind our back
-            self.model.eval()
-        if self._reader is None:
+        if not self._requests:
             return {}
-        images = self.bridge(images)
-        _, signals = self._reader.read(images if self.dtype is None else images.to(self.dtype))
+        _, signals = self._reader.read(self._prepare(images))
         return {request: self._finish(request, value) for request, value in signals.items()}
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, C) in the student's classes, for the student's images."""
-        images = self.bridge(images)
-        output = self.model(images if self.dtype is None else images.to(self.dtype))
-        logits = logits_of(output, self.name).float()
+        logits = logits_of(self.model(self._prepare(images)), self.name).float()
         return logits if self.class_map is None else logits[:, self.class_map]
 
+    def _prepare(self, images: Tensor) -> Tensor:
+        if self.model.training:  # somebody called .train() on the model behind our back
+            self.model.eval()
+        images = self.bridge(images)
+        return images if self.dtype is None else images.to(self.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Teacher:
+        super()._apply(fn, recurse)
+        if self.dtype is not None:  # a Distiller that is moved to another precision leaves the teacher in its own
+            self.model.to(self.dtype)
+        return self
+
     def _finish(self, request: Request, value: Any) -> Any:
-        maps_classes = self.class_map is not None
         if request.signal in CALLABLE_SIGNALS:
-            return (lambda x: value(x)[:, self.class_map]) if maps_classes else value
-        if request.signal == "logits" and maps_classes:
+            return lambda x: self._finish(Request("logits"), value(x if self.dtype is None else x.to(self.dtype)))
+        if request.signal == "logits" and self.class_map is not None:
             value = value[:, self.class_map]
         return value if self.dtype is None else value.float()
 
     def _make_reader(self) -> Reader:
         family = family_of(self.model, self.name, **self.geometry)
         return Reader(family, self._requests, self.input_size, stop_early=True)
+
+
+def _in_channels(normalisation: Normalisation | None, size: Size | None) -> Normalisation | None:
+    """What the model states, in its own channels: timm states three values for a model of one channel too."""
+    if normalisation is None or size is None or len(normalisation[0]) in (1, size[0]):
+        return normalisation
+    return tuple((sum(values) / len(values),) for values in normalisation) if size[0] == 1 else None
 
 
 def _name_of(model: nn.Module) -> str:

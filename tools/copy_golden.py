@@ -1,8 +1,8 @@
 """Copy what the tests need of the reference data into tests/golden: ``python tools/copy_golden.py SRC_DIR``.
 
 The sources hold inputs, weights, outputs and gradients of the official implementations, in two layouts
-(``case/group.name`` and ``case.group.name``). The copies have one: keys ``case/group.name``, and the metadata
-``sources`` (JSON: repository, commit, files) and ``cases`` (JSON: hyper-parameters of each case).
+(``case/group.name`` and ``case.group.name``). The copies have one: keys ``case/group.name``, and in the metadata
+``golden``, JSON of ``sources`` (repository, commit, files), ``cases`` (hyper-parameters of each) and ``notes``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def copy(source: Path, target: Path, leave_out: str | None) -> None:
     kept = {key: x for key, x in tensors.items() if leave_out is None or not re.search(leave_out, key)}
     cases = {case: facts.get("hyperparameters", facts) for case, facts in meta["cases"].items()}
     sources = meta.get("sources") or [{key: meta[key] for key in ("repo", "commit", "files")}]
-    save_file(kept, target, {"sources": json.dumps(sources), "cases": json.dumps(cases), "notes": meta["notes"]})
+    # One key: safetensors writes several in a random order, and a copy must not differ from the last one.
+    save_file(kept, target, {"golden": json.dumps({"sources": sources, "cases": cases, "notes": meta["notes"]})})
     target.chmod(0o644)
 
 
@@ -61,7 +62,7 @@ def main(source_dir: str) -> None:
     total = sum(path.stat().st_size for path in TARGET.iterdir())
     if total > MAX_BYTES:
         raise SystemExit(f"tests/golden must stay below {MAX_BYTES} bytes, got {total}; leave more out.")
-    print(f"{len(FILES)} files, {total} bytes in {TARGET}")
+    print(f"{len(FILES)} files, {total} bytes in tests/golden")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Loss(nn.Module):
         """Make projectors and check geometry, from real sizes and before the optimizer exists."""
 
     def inputs(self) -> tuple[str, ...]:
-        """The names of what ``forward`` must be given."""
+        """The names of what ``forward`` must be given; overridden where an option decides what is read."""
         parameters = inspect.signature(self.forward).parameters.values()
         return tuple(p.name for p in parameters if p.default is p.empty)
 
@@ -118,12 +118,10 @@ def make(name: str, *, standardize: bool = False, **options) -> Loss:
         KD(temperature=4.0)
     """
     cls = get(name)
-    known = [p for p in inspect.signature(cls).parameters]
+    known = [*inspect.signature(cls).parameters, "standardize"]
     for option in options:
         if option not in known:
-            raise ValueError(
-                f"{name}: unknown option '{option}'{nearest(option, known) or ';'} Known: {', '.join(known) or 'none'}."
-            )
+            raise ValueError(f"{name}: unknown option '{option}'{nearest(option, known) or ';'} Known: {', '.join(known)}.")
     loss = cls(**options)
     if not standardize:
         return loss

@@ -33,8 +33,8 @@ class ViTKD(Loss):
         student_blocks: blocks to mimic with, usually the first two: (0, 1).
         teacher_blocks: as many blocks of the teacher, pair by pair.
 
-    ``generator`` (attribute, None for torch's global one) draws the mask; ``forward(..., noise=u)`` with u (B, N) in
-    [0, 1) fixes it: the smallest values of a row stay.
+    ``generator`` (attribute, None for torch's global one, which alone torch.compile can trace) draws the mask;
+    ``forward(..., noise=u)`` with u (B, N) in [0, 1) fixes it: the smallest values of a row stay.
 
     Inputs:
         student_patch_tokens: one (B, N, D_s) per student block, un-normed, without prefix tokens.
@@ -118,6 +118,11 @@ class ViTKD(Loss):
     ) -> dict[str, Tensor]:
         if self.generation is None:
             raise not_built(self)
+        if not len(student_patch_tokens) == len(teacher_patch_tokens) == len(self.student_blocks):
+            raise ValueError(
+                f"ViTKD: patch tokens must be a tuple of {len(self.student_blocks)} blocks for both models, got "
+                f"{len(student_patch_tokens)} and {len(teacher_patch_tokens)}; give one tensor per block."
+            )
         num_tokens = self.grid[0] * self.grid[1]
         for tokens in (*student_patch_tokens, *teacher_patch_tokens, teacher_normed_patch_tokens):
             if tokens.shape[:2] != (len(student_normed_patch_tokens), num_tokens):

@@ -56,10 +56,17 @@ class Family:
         self, model: nn.Module, name: str, *, num_prefix_tokens: int | None = None, grid: Grid | None = None
     ) -> None:
         self.model = model
+        #: What is called to run the model: itself, or its compiled form.
+        self.called: nn.Module = model
         self.name = name
         self.num_prefix_tokens = num_prefix_tokens or 0
         self.has_cls_token = bool(num_prefix_tokens)
         self._grid = grid
+
+    def is_compiled(self) -> bool:
+        """Whether torch.compile holds the model or a part of it."""
+        parts = any(module._compiled_call_impl is not None for module in self.model.modules())
+        return parts or self.called is not self.model
 
     # Facts about the model; None where it does not say.
 

@@ -29,6 +29,7 @@ def family_of(
     model: nn.Module, name: str, *, num_prefix_tokens: int | None = None, grid: Grid | None = None
 ) -> Family:
     """Recognise a model by the names of its classes, so that no other library is imported for it."""
+    called, model = model, getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     classes = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if any(cls in CLASSES for cls in classes):
@@ -39,7 +40,9 @@ def family_of(
         kind = TimmStages
     else:
         kind = Family
-    return kind(model, name, num_prefix_tokens=num_prefix_tokens, grid=grid)
+    family = kind(model, name, num_prefix_tokens=num_prefix_tokens, grid=grid)
+    family.called = called
+    return family
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Reader:
 
     def read(self, images: Tensor) -> tuple[Any, dict[Request, Any]]:
         """Run the model once: (its output, or None where it was stopped early; the signals)."""
-        output, caught = self.taps.run(self.family.model, images)
+        output, caught = self.taps.run(self.family.called, images)
         return output, {request: self._compute(request, output, caught) for request in self.requests}
 
     def _compute(self, request: Request, output: Any, caught: Mapping[TapPoint, Any]) -> Any:
@@ -103,9 +106,12 @@ class Reader:
             return source.compute(output)
         missing = [point.path for point in source.points if point not in caught]
         if missing:
+            cure = "choose a module that runs (see model.named_modules())"
+            if self.family.is_compiled():  # torch ignores hooks that come after the first compiled call
+                cure = "the model was compiled and called before: call torch.compiler.reset() first"
             raise ValueError(
                 f"{self.family.name}: {request.signal} is read at '{missing[0]}', but the model's forward never calls "
-                "that module; choose a module that runs (see model.named_modules())."
+                f"that module; {cure}."
             )
         return source.compute(*(caught[point] for point in source.points))
 

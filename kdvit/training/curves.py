@@ -10,15 +10,14 @@ from typing import Any
 def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, teacher_top1: float | None) -> bool:
     """Draw losses, accuracy and learning rate; False where matplotlib is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, which would change the backend of a notebook
     except ImportError:
         return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
     steps = [record for record in metrics if record["kind"] == "step"]
     evaluations = [record for record in metrics if record["kind"] == "evaluation"]
-    figure, (losses, accuracy, rate) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    losses, accuracy, rate = figure.subplots(1, 3)
     for name in steps[-1]["losses"] if steps else ():
         losses.plot([r["step"] for r in steps], [r["losses"][name] for r in steps], label=name, linewidth=1.2)
     losses.set(title="losses (unweighted)", xlabel="step", yscale="log")
@@ -35,5 +34,4 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, teacher_top1: 
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return True

@@ -25,7 +25,7 @@ class RunFolder:
 
     ``run.json`` settings, versions, commit, device, result · ``metrics.jsonl`` one JSON object a line ·
     ``student/`` the student as timm saves it · ``best/`` the same at its best evaluation · ``state/last.pt`` what
-    resuming needs · ``curves.png`` with the extra ``plot``.
+    resuming needs, ``state/previous.pt`` the one before it · ``curves.png`` with the extra ``plot``.
 
     Args:
         path: made if missing. A folder with an earlier run's metrics is refused unless that run is resumed.
@@ -34,12 +34,14 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, resume: bool = False) -> None:
         self.path = Path(path)
-        self.resumes = resume and self.state_file.is_file()
+        self.resumes = resume and any(file.is_file() for file in self.state_files)
         if self.metrics_file.is_file() and not self.resumes:
-            raise ValueError(
-                f"run folder '{path}' must be empty, but holds an earlier run; choose another folder, "
-                "remove it, or resume it with --resume."
+            way_out = (
+                "that run stopped before its first whole epoch, so choose another folder or remove it."
+                if resume
+                else "choose another folder (--output), remove it, or resume that run (--resume)."
             )
+            raise ValueError(f"run folder '{path}' must be empty, but holds an earlier run; {way_out}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -50,8 +52,9 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def state_file(self) -> Path:
-        return self.path / "state" / "last.pt"
+    def state_files(self) -> tuple[Path, Path]:
+        """The last state, and the one before it."""
+        return self.path / "state" / "last.pt", self.path / "state" / "previous.pt"
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
@@ -62,23 +65,46 @@ class RunFolder:
         """All lines of metrics so far."""
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the lines of an epoch that was not finished: a resumed run writes them again."""
+        if not self.metrics_file.is_file():
+            return
+        lines = [line for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
     def save_student(self, model: nn.Module, which: str, normalisation: Any, class_names: Sequence[str]) -> None:
         """Save the plain model under ``student/`` or ``best/``."""
         save_model(model, self.path / which, normalisation=normalisation, class_names=class_names)
 
     def save_state(self, state: Mapping[str, Any]) -> None:
-        """Write resumable state: the old one stays until the new one is whole on the disk."""
-        self.state_file.parent.mkdir(exist_ok=True)
-        temporary = self.state_file.with_suffix(".tmp")
+        """Write resumable state: the old one stays until the new one is whole on the disk, and then as the previous."""
+        last, previous = self.state_files
+        last.parent.mkdir(exist_ok=True)
+        temporary = last.with_suffix(".tmp")
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self.state_file)
+        if last.is_file():
+            last.replace(previous)
+        temporary.replace(last)
 
-    def load_state(self) -> dict[str, Any]:
-        """Read it back; nothing in the file is executed."""
-        return torch.load(self.state_file, map_location="cpu", weights_only=True)
+    def load_state(self) -> tuple[dict[str, Any], str]:
+        """(the newest state that can be read, a note where that is not the last one); nothing in it is executed.
+
+        Raises:
+            ValueError: no state can be read.
+        """
+        note = ""
+        for file in filter(Path.is_file, self.state_files):
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True), note
+            except Exception as error:  # torch raises many kinds for damaged files
+                note = f"'{file}' cannot be read ({type(error).__name__}); the state of the epoch before it is used."
+        raise ValueError(
+            f"run folder '{self.path}': {note.partition(';')[0]}, and there is no earlier one; start the run again in "
+            "another folder."
+        )
 
     def write_summary(self, **facts: Any) -> None:
         """Write run.json: the given facts, and the machine and versions that they were made with."""

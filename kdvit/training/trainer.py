@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from kdvit.cost import device_name
 from kdvit.data import BatchMixer, ImageData, TransformSettings, check_labels, make_loader
 from kdvit.data.randomness import legacy_generator
 from kdvit.distiller import Distiller, DistillerOutput
-from kdvit.signals import Progress
+from kdvit.signals import Progress, nearest
 from kdvit.taps.family import logits_of
 from kdvit.training.curves import draw_curves
 from kdvit.training.display import Display
@@ -57,7 +59,8 @@ class Trainer:
 
     Raises:
         ValueError: classes of the data and the student differ, labels are out of range, an image is corrupt, the
-            folder holds another run; all before the first batch.
+            optimizer is unknown, the folder holds another run; all before the first batch.
+        RuntimeError: a loss or the weights became NaN or infinite.
 
     Example:
         ``Trainer(distiller, kdvit.data.open_data("fashion-mnist-sample"), Training(epochs=5), "runs/first").fit()``
@@ -78,6 +81,7 @@ class Trainer:
         self.data, self.settings, self.title = data, settings, title
         self._check_classes(distiller)
         data.check(num_images=64)
+        AcceleratorState._reset_state()  # Accelerate refuses a second precision in one process; a notebook tries several
         self.accelerator = Accelerator(
             mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulation_steps
         )
@@ -87,6 +91,7 @@ class Trainer:
         self.folder = self._open_folder(folder, resume)
         self.plain = distiller
         self._prepare()
+        self.note = self._load_state() if self.folder.resumes else ""
 
     def _check_classes(self, distiller: Distiller) -> None:
         if distiller.num_classes is None:
@@ -115,22 +120,13 @@ class Trainer:
         return found[0]
 
     def _prepare(self) -> None:
-        from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
 
         settings = self.settings
         load = partial(make_loader, batch_size=settings.batch_size, seed=settings.seed, transform=self.transform)
         train = load(self.data.train, train=True, num_workers=settings.num_workers)
         test = load(self.data.test, train=False, num_workers=settings.num_workers)
-        options = {"betas": settings.betas} if settings.optimizer.startswith(("adam", "nadam", "lamb", "lion")) else {}
-        optimizer = create_optimizer_v2(
-            self.plain,
-            opt=settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            **options,
-        )
+        optimizer = _optimizer(self.plain, settings)
         self.distiller, self.optimizer, self.train_loader, self.test_loader = self.accelerator.prepare(
             self.plain, optimizer, train, test
         )
@@ -145,7 +141,7 @@ class Trainer:
         warmup_steps = min(round(settings.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
         self.scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(1, self.total_steps - warmup_steps),
+            t_initial=max(1, self.total_steps - 1 - warmup_steps),
             lr_min=settings.min_lr,
             warmup_t=warmup_steps,
             warmup_lr_init=settings.warmup_lr,
@@ -155,7 +151,10 @@ class Trainer:
         self.mixer = self._mixer()
         self.ema = self._ema()
         self.step = self.epoch = 0
+        self.seconds = 0.0
+        self.accuracy: Accuracy | None = None
         self.best: tuple[float, int] | None = None
+        self.unchecked: list[tuple[int, Tensor, dict[str, Tensor], Tensor]] = []
 
     def _mixer(self) -> BatchMixer | None:
         settings = self.settings
@@ -185,22 +184,25 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train to the end and return what came out."""
-        if self.folder.resumes:
-            self._load_state()
-        started = time.perf_counter()
+        started = time.perf_counter() - self.seconds
         teacher = self._evaluate_teacher()
-        accuracy: Accuracy | None = None
+        if self.is_main:
+            self.folder.drop_metrics_after(self.step)
+            self._write_summary(None)
         display = Display(self.total_steps, first_step=self.step, title=self.title, show=self.shows)
         with display:
+            if self.note:
+                display.line(self.note)
             if teacher is not None:
                 display.line(f"teacher '{self.plain.teacher.name}': {teacher.top1:.2f} % top-1")
             while self.step < self.total_steps:
                 self._train_epoch(display)
                 self.epoch += 1
                 if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
-                    accuracy = self._evaluate_student(display)
+                    self.accuracy = self._evaluate_student(display)
+                self.seconds = time.perf_counter() - started
                 self._save_state()
-        return self._finish(accuracy, teacher, time.perf_counter() - started)
+        return self._finish(teacher)
 
     def _train_epoch(self, display: Display) -> None:
         self.distiller.train()
@@ -215,7 +217,7 @@ class Trainer:
                 self.scheduler.step_update(self.step)
                 images, labels = self._mixed(batch)
                 output = self.distiller(images, labels, sample_ids=batch["sample_id"], progress=progress)
-                self._check_finite(output, batch["sample_id"])
+                self._watch(output, batch["sample_id"])
                 self.accelerator.backward(output.loss)
                 if self.accelerator.sync_gradients and self.settings.clip_norm is not None:
                     self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_norm)
@@ -230,7 +232,9 @@ class Trainer:
             logs = self.step % self.settings.log_steps == 0 or self.step == self.total_steps
             display.step(self._log(window, progress) if logs else None)
             if self.step == self.total_steps:
-                return
+                break
+        self._check_finite()
+        self._check_weights()
 
     def _mixed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.mixer is None:
@@ -241,17 +245,36 @@ class Trainer:
         epoch = self.epoch + index / len(self.train_loader)
         return Progress(self.step, epoch, self.total_steps, self.total_steps / self.steps_per_epoch)
 
-    def _check_finite(self, output: DistillerOutput, sample_ids: Tensor) -> None:
-        # Reading a value stalls a GPU, so there only the steps that are logged are looked at.
-        if self.accelerator.device.type != "cpu" and self.step % self.settings.log_steps:
+    def _watch(self, output: DistillerOutput, sample_ids: Tensor) -> None:
+        self.unchecked.append((self.step, output.loss.detach(), output.losses, sample_ids))
+        # Reading a value stalls a GPU, so there many steps are looked at together.
+        if self.accelerator.device.type == "cpu" or self.step % self.settings.log_steps == 0:
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        unchecked, self.unchecked = self.unchecked, []
+        if not unchecked or torch.stack([loss for _, loss, _, _ in unchecked]).isfinite().all():
             return
-        if torch.isfinite(output.loss):
-            return
-        bad = [name for name, value in output.losses.items() if not torch.isfinite(value)] or ["the weighted sum"]
+        step, loss, losses, sample_ids = next(row for row in unchecked if not row[1].isfinite())
+        bad = [name for name, value in losses.items() if not value.isfinite()] or ["the weighted sum"]
         raise RuntimeError(
-            f"Trainer: {', '.join(bad)} became {output.loss.item()} at step {self.step} (samples "
-            f"{sample_ids.tolist()[:8]} ...); the last whole epoch is kept in '{self.folder.path}'; lower lr, clip the "
-            "gradient, or use mixed_precision='no'."
+            f"Trainer: {', '.join(bad)} became {loss.item()} at step {step} (samples {sample_ids.tolist()[:8]} ...); "
+            f"{self._advice()}"
+        )
+
+    def _check_weights(self) -> None:
+        """A gradient may be NaN where its loss is not; such weights must not replace the last good state."""
+        for name, parameter in self.plain.named_parameters():
+            if not parameter.isfinite().all():
+                raise RuntimeError(
+                    f"Trainer: the weights became NaN or infinite before step {self.step} (first: {name}); "
+                    f"{self._advice()}"
+                )
+
+    def _advice(self) -> str:
+        return (
+            f"the last whole epoch is kept in '{self.folder.path}'; lower lr, clip the gradient, or use "
+            "mixed_precision='no'."
         )
 
     def _log(self, window: _Window, progress: Progress) -> dict[str, float]:
@@ -317,49 +340,82 @@ class Trainer:
     def _save_state(self) -> None:
         if not self.is_main:
             return
+        scaler = self.accelerator.scaler
         self.folder.save_state(
             {
+                "run": self._identity(),
                 "distiller": self.plain.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict() if self.ema is not None else None,
+                "scaler": scaler.state_dict() if scaler is not None else None,
                 "step": self.step,
                 "epoch": self.epoch,
+                "seconds": self.seconds,
+                "accuracy": asdict(self.accuracy) if self.accuracy is not None else None,
                 "best": self.best,
             }
         )
 
-    def _load_state(self) -> None:
-        state = self.folder.load_state()
-        self.plain.load_state_dict(state["distiller"])
+    def _load_state(self) -> str:
+        """Take the earlier run's state; returns what the user should know of it."""
+        state, note = self.folder.load_state()
+        for name, value in self._identity().items():
+            if state["run"][name] != value:
+                raise ValueError(
+                    f"Trainer: {name} must be {state['run'][name]!r} as in the run in '{self.folder.path}', got "
+                    f"{value!r}; resume it as it was started, or start another run in another folder."
+                )
+        try:
+            self.plain.load_state_dict(state["distiller"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"Trainer: the student must be the one of the run in '{self.folder.path}', got one with other weights; "
+                "resume it as it was started, or start another run in another folder."
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.step, self.epoch, self.best = state["step"], state["epoch"], state["best"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch, self.seconds, self.best = (state[key] for key in ("step", "epoch", "seconds", "best"))
+        self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
+        return note
 
-    def _finish(self, accuracy: Accuracy | None, teacher: Accuracy | None, seconds: float) -> Result:
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run."""
+        free = ("evaluate_epochs", "log_steps", "num_workers")
+        return {
+            **{name: value for name, value in vars(self.settings).items() if name not in free},
+            "num_processes": self.accelerator.num_processes,
+            "data": f"{self.data.name}, {len(self.data.train)} images",
+            "student": self.plain.student.name,
+            "teacher": self.plain.teacher.name if self.plain.teacher is not None else None,
+            "losses": {name: repr(loss) for name, loss in self.plain.losses.items()},
+            "weights": {name: "schedule" if callable(w) else w for name, w in self.plain.weights.items()},
+        }
+
+    def _write_summary(self, result: Result | None) -> None:
+        self.folder.write_summary(
+            result=result,
+            settings=self.settings,
+            transform=self.transform,
+            **{name: value for name, value in self._identity().items() if name not in vars(self.settings)},
+            device=device_name(self.accelerator.device),
+        )
+
+    def _finish(self, teacher: Accuracy | None) -> Result:
         result = Result(
-            top1=accuracy.top1 if accuracy else None,
-            top5=accuracy.top5 if accuracy else None,
+            top1=self.accuracy.top1 if self.accuracy else None,
+            top5=self.accuracy.top5 if self.accuracy else None,
             best_top1=self.best[0] if self.best else None,
             best_epoch=self.best[1] if self.best else None,
             teacher_top1=teacher.top1 if teacher else None,
             num_steps=self.step,
-            seconds=round(seconds, 1),
+            seconds=round(self.seconds, 1),
             folder=self.folder.path,
         )
         if self.is_main:
-            self.folder.write_summary(
-                result=result,
-                settings=self.settings,
-                transform=self.transform,
-                data=self.data.name,
-                student=self.plain.student.name,
-                teacher=self.plain.teacher.name if self.plain.teacher is not None else None,
-                losses={name: repr(loss) for name, loss in self.plain.losses.items()},
-                weights={name: "schedule" if callable(w) else w for name, w in self.plain.weights.items()},
-                device=device_name(self.accelerator.device),
-                num_processes=self.accelerator.num_processes,
-            )
+            self._write_summary(result)
             draw_curves(self.folder.metrics(), self.folder.path / "curves.png", result.teacher_top1)
         self.accelerator.wait_for_everyone()
         return result
@@ -387,6 +443,22 @@ class _Window:
         total, rate = float(self.total) / self.count, self.images / (time.perf_counter() - self.started)
         self.__init__()
         return losses, total, rate
+
+
+def _optimizer(distiller: Distiller, settings: Training) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+
+    name = settings.optimizer.lower()
+    base = name.removeprefix("lookahead_")
+    if base not in list_optimizers():
+        hint = nearest(base, list_optimizers()) or ";"
+        raise ValueError(f"Training: unknown optimizer '{settings.optimizer}'{hint} see timm.optim.list_optimizers().")
+    info = get_optimizer_info(base)
+    # An optimizer with three betas keeps its own.
+    options = {"betas": settings.betas} if info.has_betas and info.num_betas == len(settings.betas) else {}
+    return create_optimizer_v2(
+        distiller, opt=name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum, **options
+    )
 
 
 def transform_for(student: Student) -> TransformSettings:

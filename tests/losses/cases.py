@@ -67,7 +67,9 @@ CASES: dict[str, Case] = {
     ),
     "tinymim": Case(lambda: make("tinymim"), _TOKENS, {"qk": 0.0, "vv": 0.0}),
     "tinymim-all": Case(
-        lambda: make("tinymim", relations=("vv", "qq", "kk", "qk")), _TOKENS, dict.fromkeys(("qk", "vv", "qq", "kk"), 0.0)
+        lambda: make("tinymim", relations=("vv", "qq", "kk", "qk")),
+        _TOKENS,
+        dict.fromkeys(("qk", "vv", "qq", "kk"), 0.0),
     ),
     "tinymim-resplit": Case(lambda: make("tinymim", relations=("qq",), num_relation_heads=4), _TOKENS, {"qq": 0.0}),
     "fitnet": Case(lambda: make("fitnet"), "FitNet: teacher_feature_map must have shape"),

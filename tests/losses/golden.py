@@ -35,7 +35,7 @@ class GoldenCase:
 def golden(name: str) -> dict[str, GoldenCase]:
     """All cases of a file."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        options = json.loads(file.metadata()["cases"])
+        options = json.loads(file.metadata()["golden"])["cases"]
         tensors: dict[str, dict[str, Tensor]] = {case: {} for case in options}
         for key in file.keys():
             case, _, rest = key.partition("/")

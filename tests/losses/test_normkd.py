@@ -52,6 +52,12 @@ def test_options_change_the_value(option):
     assert (values[0] - values[1]).abs() > 1e-3
 
 
+def test_a_small_spread_on_a_large_offset_is_kept():
+    student, teacher = 1000 + 0.05 * torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    exact = NormKD()(student.double(), teacher.double())
+    assert NormKD()(student, teacher).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 def test_reads_labels_only_with_dkd():
     assert NormKD().inputs() == ("student_logits", "teacher_logits")
     assert NormKD(alpha=1.0, beta=2.0).inputs() == ("student_logits", "teacher_logits", "labels")
@@ -60,5 +66,5 @@ def test_reads_labels_only_with_dkd():
 
 
 def test_one_weight_alone_is_refused():
-    with pytest.raises(ValueError, match="NormKD: alpha and beta must be given together, got alpha=1.0 and beta=None; "):
+    with pytest.raises(ValueError, match="alpha and beta must be given together, got alpha=1.0 and beta=None; "):
         NormKD(alpha=1.0)

@@ -72,14 +72,17 @@ def test_projectors_exist_only_where_widths_differ():
     assert loss.mask_token.abs().max() == 0
 
 
-def test_equals_a_plain_loop():
+@pytest.mark.parametrize(
+    ("mask_ratio", "masked"), [(0.5, [{1, 3, 5}, {0, 1, 2}]), (0.3, [{1, 3}, {0, 1}])], ids=["half", "third"]
+)
+def test_equals_a_plain_loop(mask_ratio, masked):
+    """Masked are the largest entries of each row of the noise, the ratio rounded up."""
     grid = (2, 3)
-    loss = ViTKD(alpha=2.0, beta=3.0, mask_ratio=0.5)
+    loss = ViTKD(alpha=2.0, beta=3.0, mask_ratio=mask_ratio)
     loss.build(info("student", 3, grid), info("teacher", 3, grid))
     torch.nn.init.normal_(loss.mask_token)
     student, teacher, student_deep, teacher_deep = tokens(grid=grid)
     noise = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.3, 0.7], [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]])
-    masked = [{1, 3, 5}, {0, 1, 2}]  # the largest half of each row
     mimic = generate = 0.0
     for i in range(2):
         for s, t in zip(student, teacher, strict=True):
@@ -89,7 +92,7 @@ def test_equals_a_plain_loop():
             image[:, n // 3, n % 3] = loss.mask_token[0, 0] if n in masked[i] else student_deep[i, n]
         made = loss.generation(image[None])[0]
         for n in masked[i]:
-            generate += 3.0 * ((made[:, n // 3, n % 3] - teacher_deep[i, n]) ** 2).sum() / (0.5 * 2)
+            generate += 3.0 * ((made[:, n // 3, n % 3] - teacher_deep[i, n]) ** 2).sum() / (mask_ratio * 2)
     terms = loss(student, teacher, student_deep, teacher_deep, noise=noise)
     torch.testing.assert_close(terms["mimic"], mimic)
     torch.testing.assert_close(terms["generate"], generate)
@@ -182,6 +185,13 @@ def test_refuses_other_options(options, error, sentence):
     with pytest.raises(error) as caught:
         ViTKD(**options)
     assert str(caught.value) == sentence
+
+
+def test_refuses_another_number_of_blocks():
+    loss = ViTKD()
+    loss.build(info("student", 3, (2, 2)), info("teacher", 3, (2, 2)))
+    with pytest.raises(ValueError, match="patch tokens must be a tuple of 2 blocks for both models, got 3 and 3; give"):
+        loss(*tokens(num_blocks=3))
 
 
 def test_must_be_built():

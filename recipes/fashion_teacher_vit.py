@@ -1,0 +1,75 @@
+"""The shipped ViT teacher: a small plain ViT on all 60,000 Fashion-MNIST images, taught by the shipped CNN.
+
+Command   accelerate launch recipes/fashion_teacher_vit.py --data fashion-mnist:FOLDER
+          (FOLDER holds the four idx files, as the Debian package dataset-fashion-mnist has them)
+Then      cp runs/fashion_teacher_vit/student/* kdvit/pretrained/fashion_mnist_vit/
+Log       docs/logs/fashion_teacher_vit.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdvit import Distiller, Student, Teacher, Trainer, Training, create_model
+from kdvit.data import open_data
+from kdvit.losses import KD
+from kdvit.training.arguments import parse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the recipe.
+
+    Args:
+        data: `kdvit list data`.
+        output: run folder.
+        epochs: passes over the images.
+        batch_size: images of one process in one step.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        temperature: of the KD loss.
+        kd_weight: weight of the KD loss beside the cross-entropy.
+        seed: of everything that is random.
+        smoke: a few images and steps, to see that it runs.
+    """
+
+    data: str = "fashion-mnist"
+    output: str = "runs/fashion_teacher_vit"
+    epochs: int = 12
+    batch_size: int = 256
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    temperature: float = 2.0
+    kd_weight: float = 1.0
+    seed: int = 0
+    smoke: bool = False
+
+
+def main(settings: Settings) -> None:
+    data = open_data(settings.data)
+    if settings.smoke:
+        data = data.subset(64, 32)
+    teacher = Teacher("fashion_mnist_cnn")
+    torch.manual_seed(settings.seed)
+    model = create_model(
+        "vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, num_classes=len(data.classes),
+        embed_dim=120, depth=5, num_heads=3,
+    )  # fmt: skip
+    student = Student(model, mean=(0.286,), std=(0.353,), name="fashion_mnist_vit")
+    distiller = Distiller(teacher, student, losses=[(settings.kd_weight, KD(settings.temperature))])
+    training = Training(
+        epochs=1 if settings.smoke else settings.epochs,
+        batch_size=min(settings.batch_size, len(data.train) // 2),
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        clip_norm=1.0,
+        seed=settings.seed,
+    )
+    result = Trainer(distiller, data, training, settings.output, title="vit teacher").fit()
+    print(f"top-1 {result.top1:.2f} % on {len(data.test)} test images")
+
+
+if __name__ == "__main__":
+    main(parse(Settings, __doc__))
