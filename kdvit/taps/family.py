@@ -110,10 +110,14 @@ class Family:
             x = first(out)
             return tokens_to_map(x[:, prefix:], grid) if grid and isinstance(x, Tensor) and x.ndim == 3 else x
 
+        def part(out: Any, tokens: slice | int) -> Any:
+            x = first(out)  # what is no tensor of tokens is refused when it is described
+            return x[:, tokens] if isinstance(x, Tensor) and x.ndim > 1 else x
+
         whole = {
             "tokens": Source(path, points, first, prefix, grid),
-            "patch_tokens": Source(path, points, lambda out: first(out)[:, prefix:], 0, grid),
-            "cls_token": Source(path, points, lambda out: first(out)[:, 0]),
+            "patch_tokens": Source(path, points, lambda out: part(out, slice(prefix, None)), 0, grid),
+            "cls_token": Source(path, points, lambda out: part(out, 0)),
             "feature_map": Source(path, points, on_grid),
         }
         if signal not in whole:
@@ -132,7 +136,8 @@ class Family:
         """A block or stage index, counted from the front."""
         if not isinstance(location, int) or isinstance(location, bool):
             raise ValueError(
-                f"{self.name}: {what} must be an index or a dotted module path, got {location!r}; it has {count} {what}s."
+                f"{self.name}: {what} must be an index or a dotted module path, got {location!r}; "
+                f"it has {count} {what}s."
             )
         if not -count <= location < count:
             raise ValueError(
@@ -156,7 +161,8 @@ class Family:
         if signal == "dist_logits":
             cure = "choose a distilled model such as deit_tiny_distilled_patch16_224, or loss 'kd'"
             return ValueError(f"{self.name} gives no {signal}: it has no distillation head; {cure}.")
-        return ValueError(f"{self.name} gives no {signal}{where}: it is {self.kind} and gives {'; '.join(self.gives())}.")
+        gives = "; ".join(self.gives())
+        return ValueError(f"{self.name} gives no {signal}{where}: it is {self.kind} and gives {gives}.")
 
     def no_cls_token(self, signal: str, path: str) -> ValueError:
         """The sentence for a class token that is not there."""

@@ -20,6 +20,17 @@ from kdvit.taps.tap import TapPoint
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 
 
+def layers_of(model: nn.Module) -> str | None:
+    """The path of the transformer layers, or None in a model of somebody's own with such a config."""
+    paths = {path for path, _ in model.named_modules()}
+    names = ("layers", "encoder.layer", "encoder.layers")
+    return next((_base(model) + name for name in names if _base(model) + name in paths), None)
+
+
+def _base(model: nn.Module) -> str:
+    return f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+
+
 class HuggingFaceViT(Family):
     """A transformers model of one of `MODEL_TYPES`, with or without a classifier."""
 
@@ -35,13 +46,10 @@ class HuggingFaceViT(Family):
         # With a distillation head the class head is called cls_classifier.
         heads = [n for n in ("classifier", "cls_classifier") if isinstance(getattr(model, n, None), nn.Module)]
         self.classifier = heads[0] if heads else None
-        paths = dict(model.named_modules())
-        prefix = model.base_model_prefix
-        base = f"{prefix}." if hasattr(model, prefix) else ""
-        self.layers = next(p for p in (f"{base}layers", f"{base}encoder.layer", f"{base}encoder.layers") if p in paths)
-        self.norm = f"{base}layernorm"
+        self.layers = layers_of(model)
+        self.norm = f"{_base(model)}layernorm"
         layer = f"{self.layers}.0."
-        names = [p.removeprefix(layer) for p in paths if p.startswith(layer)]
+        names = [path.removeprefix(layer) for path, _ in model.named_modules() if path.startswith(layer)]
         self.projections = {
             signal: next(n for n in names if n.endswith((f".{signal}", f".{signal[0]}_proj")))
             for signal in ("query", "key", "value")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdvit.signals import CALLABLE_SIGNALS, Location, ModelInfo, SignalInfo
 from kdvit.taps.family import Family, Grid, Source
-from kdvit.taps.huggingface import MODEL_TYPES, HuggingFaceViT
+from kdvit.taps.huggingface import MODEL_TYPES, HuggingFaceViT, layers_of
 from kdvit.taps.stages import TimmStages
 from kdvit.taps.tap import TapPoint, Taps
 from kdvit.taps.vit import CLASSES, TimmViT
@@ -28,19 +28,31 @@ AXES = {
 def family_of(
     model: nn.Module, name: str, *, num_prefix_tokens: int | None = None, grid: Grid | None = None
 ) -> Family:
-    """Recognise a model by the names of its classes, so that no other library is imported for it."""
+    """Recognise a model by the names of its classes, so that no other library is imported for it.
+
+    Args:
+        model: the model, compiled or not.
+        name: how error sentences call it.
+        num_prefix_tokens: class, distillation and register tokens, where the model does not say.
+        grid: (h, w) of the patch tokens, where the model does not say.
+    """
     called, model = model, getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     classes = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if any(cls in CLASSES for cls in classes):
         kind: type[Family] = TimmViT
     elif any(cls.startswith("transformers.models.") for cls in classes) and model_type in MODEL_TYPES:
-        kind = HuggingFaceViT
+        kind = HuggingFaceViT if layers_of(model) else Family
     elif any(cls.startswith("timm.models.") for cls in classes) and hasattr(model, "feature_info"):
         kind = TimmStages
     else:
         kind = Family
     family = kind(model, name, num_prefix_tokens=num_prefix_tokens, grid=grid)
+    if num_prefix_tokens not in (None, family.num_prefix_tokens):
+        raise ValueError(
+            f"{name}: num_prefix_tokens must be {family.num_prefix_tokens}, as the model has, got {num_prefix_tokens}; "
+            "leave it out."
+        )
     family.called = called
     return family
 
@@ -84,7 +96,7 @@ class Reader:
         needs_output = any(
             not source.points and request.signal not in CALLABLE_SIGNALS for request, source in self.sources.items()
         )
-        self.taps = Taps(family.model, points, stop_early=stop_early and not needs_output)
+        self.taps = Taps(family.model, points, stop_early=stop_early and not needs_output, name=family.name)
 
     def _source(self, request: Request, input_size: tuple[int, int, int] | None, splits_heads: bool) -> Source:
         source = self.family.source(request.signal, request.location, input_size)

@@ -1,4 +1,4 @@
-"""timm models made of stages: CNNs (ResNet, RegNet, ConvNeXt, ...) and hierarchical transformers (Swin, PVT, MaxViT)."""
+"""timm models made of stages: CNNs (ResNet, ConvNeXt, ...) and hierarchical transformers (Swin, PVT, MaxViT, ...)."""
 
 from __future__ import annotations
 

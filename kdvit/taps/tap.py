@@ -29,14 +29,16 @@ class Caught:
     ``values`` is None outside of a capture, so that an evaluation pass between two steps leaves nothing behind.
     """
 
-    def __init__(self, num_points: int, stop_early: bool) -> None:
+    def __init__(self, num_points: int, stop_early: bool, name: str) -> None:
         self.values: dict[TapPoint, Any] | None = None
         self.versions: dict[TapPoint, int] = {}
         self.needs_graph = False
         self.num_points = num_points
         self.stop_early = stop_early
+        self.name = name
 
     def open(self, model: nn.Module) -> dict[TapPoint, Any]:
+        """Begin a capture."""
         self.values, self.versions = {}, {}
         self.needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
         return self.values
@@ -46,13 +48,13 @@ class Caught:
             return
         if point in self.values:
             raise ValueError(
-                f"tap '{point.path}': the module must run once in a forward pass, it runs more often; "
+                f"{self.name}: the module at '{point.path}' must run once in a forward pass, it runs more often; "
                 "choose a module that runs once, such as the block around it."
             )
         if self.needs_graph and not torch.is_grad_enabled():
             raise RuntimeError(
-                f"tap '{point.path}': the module must run with a graph, or no loss trains it, but it runs under no_grad; "
-                "use activation checkpointing with use_reentrant=False."
+                f"{self.name}: the module at '{point.path}' must run with a graph, or no loss trains it, but it runs "
+                "under no_grad; use activation checkpointing with use_reentrant=False."
             )
         self.values[point] = value
         if isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference():
@@ -65,8 +67,9 @@ class Caught:
         for point, version in self.versions.items():
             if values[point]._version != version:
                 raise ValueError(
-                    f"tap '{point.path}': the output must stay as the module gave it, but the model changes it in "
-                    "place afterwards (a ReLU with inplace=True, or +=); choose the module that does so, or turn it off."
+                    f"{self.name}: the output at '{point.path}' must stay as its module gave it, but the model changes "
+                    "it in place afterwards (a ReLU with inplace=True, or +=); choose the module that does so, or "
+                    "turn it off."
                 )
 
 
@@ -96,12 +99,15 @@ class Taps:
         model: the model to read.
         points: where to read.
         stop_early: end the model's forward as soon as every tap has fired.
+        name: how error sentences call the model.
     """
 
-    def __init__(self, model: nn.Module, points: Iterable[TapPoint], *, stop_early: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, points: Iterable[TapPoint], *, stop_early: bool = False, name: str = "model"
+    ) -> None:
         remove_inert_taps(model)
         self.points = tuple(dict.fromkeys(points))
-        self.caught = Caught(len(self.points), stop_early and bool(self.points))
+        self.caught = Caught(len(self.points), stop_early and bool(self.points), name)
         self._handles = []
         for point in self.points:
             module = model.get_submodule(point.path)
@@ -112,7 +118,12 @@ class Taps:
                 self._handles.append(module.register_forward_hook(tap))
 
     def run(self, model: nn.Module, images: Any) -> tuple[Any, dict[TapPoint, Any]]:
-        """Call the model and return (its output, what the taps caught); the output is None if it was stopped."""
+        """Call the model and return (its output, what the taps caught); the output is None if it was stopped.
+
+        Raises:
+            ValueError: a tapped module ran twice, or its output was changed in place.
+            RuntimeError: a tapped module ran without a graph although the model is being trained.
+        """
         values = self.caught.open(model)
         try:
             output = model(images)

@@ -157,8 +157,8 @@ def test_a_model_without_classifier(case_of):
             case.reader(request)
         signal = request if isinstance(request, str) else request[0]
         assert str(error.value) == (
-            f"features gives no {signal}: it is a Hugging Face transformer with one token grid and gives normed_tokens; "
-            "tokens, patch_tokens, cls_token, feature_map, query, key, value, attention of blocks 0..1."
+            f"features gives no {signal}: it is a Hugging Face transformer with one token grid and gives "
+            "normed_tokens; tokens, patch_tokens, cls_token, feature_map, query, key, value, attention of blocks 0..1."
         )
     with pytest.raises(TypeError, match="features: the model must return logits as a tensor"):
         case.read("logits")
@@ -175,6 +175,20 @@ def test_sentences(hf):
 def test_other_models_are_plain_modules():
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
     assert type(family_of(transformers.ResNetForImageClassification(config), "r")).__name__ == "Family"
+
+
+def test_a_model_of_somebodys_own_with_such_a_config():
+    class Mine(transformers.PreTrainedModel):
+        config_class = transformers.ViTConfig
+        base_model_prefix = "mine"
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.body = transformers.ViTModel(config)
+
+    Mine.__module__ = "transformers.models.vit.mine"
+    family = family_of(Mine(transformers.ViTConfig(**TINY)), "mine")
+    assert type(family).__name__ == "Family"
 
 
 def test_a_subclass_is_read_like_its_class():
@@ -214,7 +228,7 @@ def test_reentrant_checkpointing_is_refused(case_of):
     with pytest.raises(RuntimeError) as error:
         case_of("vit", model, torch.rand(2, 3, 32, 32, requires_grad=True)).read(("query", 0))
     assert str(error.value).endswith(
-        "the module must run with a graph, or no loss trains it, but it runs under no_grad; "
+        "must run with a graph, or no loss trains it, but it runs under no_grad; "
         "use activation checkpointing with use_reentrant=False."
     )
 

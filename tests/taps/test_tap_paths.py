@@ -114,7 +114,7 @@ def test_the_first_of_a_tuple_is_read():
         (
             ("tokens", "shared"),
             {},
-            "tap 'shared': the module must run once in a forward pass, it runs more often; "
+            "mine: the module at 'shared' must run once in a forward pass, it runs more often; "
             "choose a module that runs once, such as the block around it.",
         ),
         (
@@ -205,9 +205,11 @@ def test_a_tap_without_a_tensor():
             self.words(x)
             return x.mean((2, 3))
 
-    assert sentence(("feature_map", "words"), model=Model()) == (
-        "mine: feature_map at 'words' must be a tensor with 4 axes, got str; choose another module or another signal."
-    )
+    for signal, axes in (("feature_map", 4), ("tokens", 3), ("patch_tokens", 3), ("cls_token", 2)):
+        assert sentence((signal, "words"), model=Model(), num_prefix_tokens=1) == (
+            f"mine: {signal} at 'words' must be a tensor with {axes} axes, got str; "
+            "choose another module or another signal."
+        )
 
 
 @pytest.mark.parametrize("change", ["relu", "add"])
@@ -229,7 +231,7 @@ def test_an_output_that_is_changed_in_place_is_refused(change):
 
     model = Model()
     assert sentence(("feature_map", "norm"), model=model) == (
-        "tap 'norm': the output must stay as the module gave it, but the model changes it in place afterwards "
+        "mine: the output at 'norm' must stay as its module gave it, but the model changes it in place afterwards "
         "(a ReLU with inplace=True, or +=); choose the module that does so, or turn it off."
     )
     behind = reader(("feature_map", "act"), ("feature_map", "conv"), model=model)
@@ -265,7 +267,9 @@ def test_logits_of_every_kind_of_output(wrap, expected):
     torch.testing.assert_close(logits, expected(IMAGES.mean((2, 3))))
 
 
-@pytest.mark.parametrize("output", [Output(None), {"features": IMAGES}, (), "words"], ids=["object", "dict", "()", "str"])
+@pytest.mark.parametrize(
+    "output", [Output(None), {"features": IMAGES}, (), "words"], ids=["object", "dict", "empty tuple", "str"]
+)
 def test_an_output_without_logits(output):
     class Model(nn.Module):
         def forward(self, x: Tensor):
@@ -277,6 +281,14 @@ def test_an_output_without_logits(output):
         "mine: the model must return logits as a tensor, a tuple, a dict or an object with .logits, "
         f"got {type(output).__name__}; choose a model with a classifier, or wrap it."
     )
+
+
+def test_a_prefix_that_contradicts_the_model(make_case):
+    model = make_case("dinov2 registers").model
+    assert family_of(model, "dino", num_prefix_tokens=5).num_prefix_tokens == 5
+    with pytest.raises(ValueError) as error:
+        family_of(model, "dino", num_prefix_tokens=1)
+    assert str(error.value) == "dino: num_prefix_tokens must be 5, as the model has, got 1; leave it out."
 
 
 @pytest.mark.parametrize("block", [2, -3])

@@ -300,7 +300,7 @@ def test_reentrant_checkpointing_is_refused(make_case, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         taps.read(case.images)
     assert str(error.value) == (
-        "tap 'blocks.0': the module must run with a graph, or no loss trains it, but it runs under no_grad; "
+        "vit: the module at 'blocks.0' must run with a graph, or no loss trains it, but it runs under no_grad; "
         "use activation checkpointing with use_reentrant=False."
     )
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
