@@ -39,10 +39,8 @@ def hand_written_kd(student: nn.Module, teacher: nn.Module, images: Tensor, labe
     return step
 
 
-def hand_written_vitkd(
-    student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, loss: ViTKD
-) -> Step:
-    """The projectors are taken from ``loss``, so that both sides train the same weights; the loss is called directly."""
+def hand_written_vitkd(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, loss: ViTKD) -> Step:
+    """The projectors are taken from ``loss``, so that both sides train the same weights; it is called directly."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:
@@ -145,19 +143,24 @@ def main() -> None:
     labels = torch.randint(0, 1000, (arguments.batch_size,), device=device)
     print(f"torch {torch.__version__}, {device_name(device)}, batch {arguments.batch_size}, {arguments.rounds} rounds")
     for method in arguments.methods:
-        loss = {"kd": KD(4.0), "vitkd": ViTKD(), "tinymim": TinyMIM(num_relation_heads=6)}[method]
-        pair = copy.deepcopy((student, teacher))
-        task = None if method == "tinymim" else "cross_entropy"
-        distiller = kdvit.Distiller(copy.deepcopy(teacher), copy.deepcopy(student), losses=[loss], task_loss=task)
-        distiller.train()
-        theirs = {
-            "kd": lambda: hand_written_kd(*pair, images, labels),
-            "vitkd": lambda: hand_written_vitkd(*pair, images, labels, loss),
-            "tinymim": lambda: hand_written_tinymim(*pair, images, heads=6),
-        }[method]()
-        ours = lambda: distiller(images, labels).loss.backward()  # noqa: E731
-        compare(method, ours, theirs, (distiller.student.model, pair[0]), arguments.rounds)
+        measure(method, student, teacher, images, labels, arguments.rounds)
     count_teacher_blocks(images)
+
+
+def measure(method: str, student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, rounds: int) -> None:
+    loss = {"kd": KD(4.0), "vitkd": ViTKD(), "tinymim": TinyMIM(num_relation_heads=6)}[method]
+    task = None if method == "tinymim" else "cross_entropy"
+    distiller = kdvit.Distiller(copy.deepcopy(teacher), copy.deepcopy(student), losses=[loss], task_loss=task)
+    distiller.train()
+    pair = copy.deepcopy((student, teacher))
+    theirs = {
+        "kd": lambda: hand_written_kd(*pair, images, labels),
+        "vitkd": lambda: hand_written_vitkd(*pair, images, labels, loss),
+        "tinymim": lambda: hand_written_tinymim(*pair, images, heads=6),
+    }[method]()
+    compare(
+        method, lambda: distiller(images, labels).loss.backward(), theirs, (distiller.student.model, pair[0]), rounds
+    )
 
 
 def count_teacher_blocks(images: Tensor) -> None:

@@ -1,8 +1,8 @@
 """A Hugging Face teacher and a timm student: signals have the same names on both sides.
 
-With the network: ``ViTForImageClassification.from_pretrained("google/vit-base-patch16-224")`` in place of the random one,
-and ``mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)``, which is what that checkpoint was trained with: transformers keeps it in
-the image processor, so the model itself cannot say it.
+With the network: ``ViTForImageClassification.from_pretrained("google/vit-base-patch16-224")`` in place of the random
+one, and ``mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)``, which is what that checkpoint was trained with: transformers
+keeps it in the image processor, so the model itself cannot say it.
 """
 
 import timm

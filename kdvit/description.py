@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
     from kdvit.wrappers import Wrapper
 
 
-def describe(distiller: Distiller) -> str:
+def describe(distiller: Distiller, width: int = 120) -> str:
     """Models, losses with what they read and train, bridges, and parameters that no loss reaches."""
-    console = Console(file=io.StringIO(), width=120, color_system=None)
-    models = Table("", "model", "input", "parameters", "MACs", "normalisation", title="models", title_justify="left")
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    models = _table("models", "", "model", "input", "parameters", "MACs", "normalisation")
     for role, wrapper in (("student", distiller.student), ("teacher", distiller.teacher)):
         if wrapper is not None:
             models.add_row(role, *_model_row(wrapper))
     console.print(models)
-    losses = Table("loss", "weight", "reads", "at", "shape", "trains", title="losses", title_justify="left")
+    losses = _table("losses", "loss", "weight", "reads", "at", "shape", "trains")
     if distiller.task_loss is not None:
         losses.add_row("task", _weight(distiller, "task"), "student logits, labels", "output", "", "")
     for name, loss in distiller.losses.items():
@@ -47,7 +48,12 @@ def describe(distiller: Distiller) -> str:
     unreached = distiller.parameters_without_gradient
     reach = f"{len(unreached)} tensors, first {unreached[0]}" if unreached else "none"
     console.print(f"trainable parameters that no loss reaches: {reach}")
-    return console.file.getvalue()
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _table(title: str, *headers: str) -> Table:
+    """Narrow enough for a terminal of 80 columns: no lines between columns."""
+    return Table(*headers, title=title, title_justify="left", box=box.HORIZONTALS, collapse_padding=True, pad_edge=False)
 
 
 def _wanted(distiller: Distiller, side: str, name: str, request: object) -> bool:

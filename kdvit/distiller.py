@@ -88,7 +88,7 @@ class Distiller(nn.Module):
         # Behind nn.Module's back: a teacher is no parameter, no checkpoint entry and nothing for DDP to wrap.
         object.__setattr__(self, "teacher", teacher.own() if teacher is not None else None)
         self.task_loss = _task_loss(task_loss)
-        self.weights: dict[str, Weight] = {"task": _checked_weight("task_loss", task_weight)}
+        self.weights: dict[str, Weight] = {"task": _checked_weight("task", task_weight)}
         self.losses = nn.ModuleDict()
         if not isinstance(losses, (Loss, str, list, tuple)):
             raise TypeError(
@@ -160,7 +160,7 @@ class Distiller(nn.Module):
         taught = teacher.get(Request("logits"))
         if classes is not None and taught is not None and classes.dim != taught.dim:
             raise ValueError(
-                f"Distiller: teacher '{taught.model}' has {taught.dim} classes but student '{classes.model}' has "
+                f"Distiller: teacher '{taught.model}' teaches {taught.dim} classes but student '{classes.model}' has "
                 f"{classes.dim}; give them the same classes, or pass Teacher(model, class_map=[...]) with the "
                 "teacher's class for each of the student's."
             )
@@ -287,7 +287,7 @@ class Distiller(nn.Module):
 
     def _context(self, name: str, parameter: str, context: Mapping) -> Any:
         if context[parameter] is None:
-            raise ValueError(f"Distiller: loss '{name}' needs {parameter}; call distiller(images, labels, ...) with it.")
+            raise ValueError(f"Distiller: loss '{name}' needs {parameter}; call distiller(..., {parameter}=...).")
         return context[parameter]
 
     def _weight(self, name: str, progress: Progress | None) -> float:
@@ -318,7 +318,8 @@ class Distiller(nn.Module):
             if self.task_loss is not None:
                 raise ValueError("Distiller: the task loss needs labels; pass them, or set task_loss=None.")
             return
-        hard, soft = labels.ndim == 1 and not labels.is_floating_point(), labels.ndim == 2 and labels.is_floating_point()
+        hard = labels.ndim == 1 and not labels.is_floating_point()
+        soft = labels.ndim == 2 and labels.is_floating_point()
         if not (hard or soft) or len(labels) != len(images):
             raise ValueError(
                 f"Distiller: labels must be (B,) class ids or (B, C) probabilities for B={len(images)}, got "
@@ -382,13 +383,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _checked_weight(name: str, weight: Weight) -> Weight:
     if callable(weight):
         return weight
+    cure = "write task_weight=0.5" if name == "task" else "write (0.5, loss)"
     if isinstance(weight, bool) or not isinstance(weight, Real):
         raise TypeError(
-            f"Distiller: the weight of '{name}' must be a number or a function of Progress, got {weight!r}; "
-            "write (0.5, loss)."
+            f"Distiller: the weight of '{name}' must be a number or a function of Progress, got {weight!r}; {cure}."
         )
     if not isfinite(weight):
-        raise ValueError(f"Distiller: the weight of '{name}' must be finite, got {weight}; write (0.5, loss).")
+        raise ValueError(f"Distiller: the weight of '{name}' must be finite, got {weight}; {cure}.")
     return float(weight)
 
 
@@ -406,7 +407,9 @@ def _refuse_shared(teacher: Teacher | nn.Module | str | None, student: Student) 
 
 def _parts(name: str, value: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a loss returned, by the names of its parts."""
-    parts = {f"{name}.{part}": scalar for part, scalar in value.items()} if isinstance(value, Mapping) else {name: value}
+    parts = {name: value}
+    if isinstance(value, Mapping):
+        parts = {f"{name}.{part}": scalar for part, scalar in value.items()}
     for part, scalar in parts.items():
         if not isinstance(scalar, Tensor) or scalar.ndim != 0:
             got = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
         options: given to `timm.create_model` (``num_classes``, ``img_size``, ...).
 
     Raises:
-        ValueError: unknown name, or a checkpoint of another model.
+        ValueError: unknown name or option, weights that cannot be had, or a checkpoint of another model.
     """
     import timm
 
@@ -37,10 +38,14 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
         name, pretrained = f"local-dir:{_FOLDER / name}", True
     elif (Path(name) / "config.json").is_file():
         name, pretrained = f"local-dir:{name}", True
+    elif "/" in name and ":" not in name:
+        raise ValueError(f"model folder '{name}' must hold config.json and model.safetensors; check the path.")
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
         known = [*SHIPPED, *timm.list_models()]
         hint = nearest(name, known) or ";"
-        raise ValueError(f"unknown model '{name}'{hint} `kdvit list models WORD` searches the {len(known)} known names.")
+        raise ValueError(
+            f"unknown model '{name}'{hint} `kdvit list models WORD` searches the {len(known)} known names."
+        )
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:
@@ -48,8 +53,9 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
             f"model '{name}': its published weights could not be downloaded ({type(error).__name__}); connect to the "
             "network once, or give the weights as a file (--teacher-checkpoint FILE, checkpoint=)."
         ) from error
-    except RuntimeError as error:  # no published weights, no such pretrained tag, weights of other sizes
-        raise ValueError(f"model '{name}' cannot be made: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, TypeError, AssertionError) as error:  # no published weights, unknown tag or option
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"model '{name}' cannot be made ({reason}); check its name, tag and options.") from error
     if checkpoint is not None:
         load_weights(model, checkpoint, name)
     return model
@@ -74,9 +80,11 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "model") -> Non
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = f"it holds {found[1]}, which could run code" if found else f"it is damaged, {type(error).__name__}"
         raise ValueError(
-            f"checkpoint '{path}' cannot be read ({type(error).__name__}: {(str(error) or 'damaged').splitlines()[0]}); "
-            "give a safetensors file or a torch file that loads with weights_only=True."
+            f"checkpoint '{path.name}' cannot be read ({reason}); give a safetensors file, or a torch file of tensors "
+            "alone: torch.save(model.state_dict(), FILE)."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -45,10 +46,10 @@ class Wrapper(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, (nn.Module, str)):
+        if not isinstance(model, (nn.Module, str)) or isinstance(model, Wrapper):
             raise TypeError(
                 f"{self.role}: model must be a torch.nn.Module or a model name, got {type(model).__name__}; "
-                "pass the module itself."
+                "pass the plain model."
             )
         if input_size is not None and (len(input_size) != 3 or any(axis < 1 for axis in input_size)):
             raise ValueError(
@@ -198,11 +199,7 @@ class Teacher(Wrapper):
                     f"Teacher: the weights of '{self.name}' must be finite, got NaN or infinity in '{name}'; "
                     "load a sound checkpoint."
                 )
-        if class_map is not None and len(class_map) == 0:
-            raise ValueError("Teacher: class_map must name at least one class, got none; leave it out to keep all.")
-        self.register_buffer(
-            "class_map", None if class_map is None else torch.as_tensor(class_map, dtype=torch.long), persistent=False
-        )
+        self.register_buffer("class_map", None if class_map is None else _classes(class_map), persistent=False)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"Teacher: dtype must be a floating point torch.dtype, got {dtype!r}; pass torch.bfloat16.")
         self.dtype = dtype
@@ -277,6 +274,21 @@ def _in_channels(normalisation: Normalisation | None, size: Size | None) -> Norm
     if normalisation is None or size is None or len(normalisation[0]) in (1, size[0]):
         return normalisation
     return tuple((sum(values) / len(values),) for values in normalisation) if size[0] == 1 else None
+
+
+def _classes(class_map: Sequence[int]) -> Tensor:
+    try:
+        if isinstance(class_map, Mapping):
+            raise TypeError("a mapping would be read by its keys alone")
+        classes = [index(number) for number in class_map]
+    except TypeError as error:
+        raise TypeError(
+            f"Teacher: class_map must list class numbers of the teacher, got {class_map!r}; write one for each class "
+            "of the student, in its order: [281, 7, 0]."
+        ) from error
+    if not classes:
+        raise ValueError("Teacher: class_map must name at least one class, got none; leave it out to keep all.")
+    return torch.tensor(classes)
 
 
 def _name_of(model: nn.Module) -> str:

@@ -35,7 +35,7 @@ class Settings:
 
     data: str = "fashion-mnist"
     output: str = "runs/fashion_teacher_cnn"
-    epochs: int = 14
+    epochs: int = 16
     batch_size: int = 256
     lr: float = 3e-3
     weight_decay: float = 0.05
@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
         data = data.subset(64, 32)
     torch.manual_seed(settings.seed)
     model = create_model(
-        "resnet18d", in_chans=1, num_classes=len(data.classes), channels=(64, 64, 96, 96), stem_width=32
+        "resnet18d", in_chans=1, num_classes=len(data.classes), channels=(48, 64, 96, 96), stem_width=16
     )
     student = Student(model, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,), name="fashion_mnist_cnn")
     distiller = Distiller(None, student, losses=[])  # no teacher: plain training

@@ -1,9 +1,9 @@
-"""TinyMIM: a tiny ViT learns the token relations of the shipped ViT without labels, then is fine-tuned with labels.
+"""TinyMIM: a tiny ViT learns the token relations of the shipped ViT without labels, and is then fine-tuned.
 
 Paper       Ren et al., TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models, CVPR 2023
 Command     accelerate launch recipes/fashion_vit_tiny_tinymim.py
-Differences another data set; the teacher is a supervised ViT, since no masked-image-modelling one is shipped; the heads of
-            both are equal, so the student's last block is as the others; one view for teacher and student
+Differences another data set; the teacher is a supervised ViT, since no masked-image-modelling one is shipped; the
+            heads of both are equal, so the student's last block is as the others; one view for teacher and student
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Paper       Yang et al., ViTKD: Feature-based Knowledge Distillation for Vision Transformers, CVPR workshops 2024
 Command     accelerate launch recipes/fashion_vit_tiny_vitkd.py
-Differences another data set and models; the weights alpha and beta are ten times the published ones, because the loss is
-            a sum over tokens and there are 49 of them here, not 196, of a third of the width
+Differences another data set and models; the weights alpha and beta are ten times the published ones, because the
+            loss is a sum over tokens and there are 49 of them here, not 196, of a third of the width
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Command     accelerate launch --num_processes 8 --mixed_precision fp16 recipes/i
 Data        a folder with train/ and val/, one folder a class in each; or a hub name such as ILSVRC/imagenet-1k
 Published   74.42 % (DeiT-Ti alone) -> 76.06 % (ViTKD); teacher DeiT III-S pretrained on ImageNet-21k
 Measured    not run by us in full: no GPU and no ImageNet here; every step of it runs in the tests (--smoke)
-Differences the paper's best figure (77.78 %) adds NKD, which is not in kdvit yet; mixup and CutMix alternate by batch as
-            in timm. The optimizer, schedule, augmentation and loss weights are those of the released configuration
+Differences the paper's best figure (77.78 %) adds NKD, which is not in kdvit yet; mixup and CutMix alternate by batch
+            as in timm. The optimizer, schedule, augmentation and loss weights are those of the released configuration
             (yzd-v/cls_KD@1e5d48f, configs/distillers/imagenet/deit-s3_distill_deit-t_img.py).
 """
 

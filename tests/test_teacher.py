@@ -45,13 +45,13 @@ def test_the_teacher_stays_in_eval_mode():
     teacher = distiller.teacher
     expected = teacher.predict(tiny.images())
     distiller.train()
-    assert distiller.student.training and not any(module.training for module in teacher.modules())
+    assert distiller.student.training and not any(module.training for module in teacher.model.modules())
     teacher.train()
-    assert not any(module.training for module in teacher.modules())
+    assert not any(module.training for module in teacher.model.modules())
     for use in (teacher.predict, lambda images: distiller(images, tiny.labels())):
         teacher.model.train()  # behind our back
         use(tiny.images())
-        assert not any(module.training for module in teacher.modules())
+        assert not any(module.training for module in teacher.model.modules())
     teacher.model.train()
     assert torch.equal(teacher.predict(tiny.images()), expected)
 

@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError) as error:
         if os.environ.get("KDVIT_TRACEBACK"):
             raise
-        return _fail(str(error))
+        # A loader process hands its traceback on; the sentence is the last line of it.
+        return _fail(str(error).strip().splitlines()[-1])
     except KeyboardInterrupt:
-        return _fail("stopped; the last whole epoch is kept, and --resume goes on from it.", code=130)
+        return _fail("stopped; the run folder keeps the last whole epoch, `kdvit distill --resume` goes on.", code=130)
     return 0
 
 

@@ -9,10 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from kdvit.cli.options import parse_loss, parse_options
+from kdvit.cli.parser import Parser
 from kdvit.cost import human, num_parameters
 from kdvit.data import open_data
+from kdvit.description import describe
 from kdvit.distiller import Distiller
 from kdvit.models import create_model
 from kdvit.training import Trainer, Training
@@ -28,8 +31,8 @@ _EXAMPLE = """example:
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     given = {item.name: getattr(arguments, item.name) for item in fields(Training)}
-    if given["steps"] is not None:
-        given["epochs"] = None
+    if given["epochs"] is None and given["steps"] is None:
+        given["epochs"] = Training.epochs
     settings = Training(**given)
     losses = [parse_loss(text) for text in arguments.loss or ["kd"]]
     data = open_data(arguments.data)
@@ -41,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     trainer = Trainer(distiller, data, settings, arguments.output, resume=arguments.resume, title=student.name)
     if trainer.shows:
-        print(distiller.describe())
+        print(describe(distiller, width=min(120, Console().width)))
     if arguments.check:
         return
     result = trainer.fit()
@@ -49,13 +52,8 @@ def main(argv: Sequence[str]) -> None:
         _report(result, student)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kdvit distill",
-        description="Distil a teacher into a student.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("kdvit distill", description="Distil a teacher into a student.", epilog=_EXAMPLE)
     add = parser.add_argument_group("what").add_argument
     add("--data", required=True, help="`kdvit list data`: a built-in name, a folder, a parquet file, a hub name")
     add("--teacher", required=True, help="`kdvit list models`: a shipped or timm name, or a folder that was saved")
@@ -73,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in the run folder")
     add("--check", action="store_true", help="check everything, show what would be read, train nothing")
     add_arguments(parser.add_argument_group("training"), Training)
+    parser.set_defaults(epochs=None)  # so that --steps alone is not taken for both
     return parser
 
 
@@ -83,15 +82,22 @@ def _teacher(arguments: argparse.Namespace) -> Teacher:
         checkpoint=arguments.teacher_checkpoint,
         **parse_options(arguments.teacher_options, "--teacher-options"),
     )
-    class_map = None
-    if arguments.class_map is not None:
-        try:
-            class_map = json.loads(Path(arguments.class_map).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--class-map: '{arguments.class_map}' must be a JSON file with a list of class numbers ({error})."
-            ) from error
+    class_map = _class_map(arguments.class_map) if arguments.class_map is not None else None
     return Teacher(model, class_map=class_map, name=arguments.teacher)
+
+
+def _class_map(path: str) -> list[int]:
+    try:
+        numbers = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"--class-map: '{path}' must be a readable JSON file, got '{reason}'; check it.") from error
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise ValueError(
+            f"--class-map: '{path}' must hold a list of whole numbers, got {str(numbers)[:40]}; "
+            "write the teacher's class for each class of the data, such as [3, 0, 7]."
+        )
+    return numbers
 
 
 def _student(arguments: argparse.Namespace, num_classes: int, teacher: Teacher) -> Student:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from kdvit.cli.parser import Parser
+
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="kdvit list", description="What there is.")
+    parser = Parser("kdvit list", description="What there is.")
     parser.add_argument("what", choices=("losses", "models", "data"))
     parser.add_argument("word", nargs="?", default="", help="only names that contain this word")
     arguments = parser.parse_args(argv)
     rows = [row for row in _ROWS[arguments.what]() if arguments.word.lower() in row[0].lower()]
     if not rows:
-        raise ValueError(f"kdvit list: no {arguments.what} have '{arguments.word}' in their name; leave the word out.")
+        raise ValueError(f"list: no {arguments.what} have '{arguments.word}' in their name; leave the word out.")
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     for row in rows:

@@ -13,20 +13,23 @@ def parse_options(text: str, owner: str) -> dict[str, Any]:
     """``"alpha=1,beta=8,kind=hard"`` -> ``{"alpha": 1, "beta": 8, "kind": "hard"}``; only literals, nothing is run.
 
     Raises:
-        ValueError: not of this form.
+        ValueError: not of this form, or a name is given twice.
     """
     try:
         call = ast.parse(f"_({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
-        return {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+        options = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+        if len(options) < len(call.keywords):
+            raise ValueError
+        return options
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{owner}: options must be NAME=VALUE,NAME=VALUE, got '{text}'; see --help.") from error
+        raise ValueError(f"{owner}: options must be NAME=VALUE,NAME=VALUE, each once, got '{text}'; see --help.") from error
 
 
 def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # a bare word is a string
-        return node.id
+    if isinstance(node, ast.Name):  # a bare word is a string, but nobody means the string "false"
+        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item) for item in node.elts)
     return ast.literal_eval(node)
@@ -39,7 +42,7 @@ def parse_loss(text: str) -> tuple[float, Loss]:
         >>> parse_loss("0.5*kd:temperature=2")
         (0.5, KD(temperature=2.0))
     """
-    match = re.fullmatch(r"(?:([^*:]+)\*)?(\w+)(?::(.*))?", text.strip())
+    match = re.fullmatch(r"(?:([^*:]+)\*)?\s*(\w+)(?::(.*))?", text.strip())
     if match is None:
         raise ValueError(f"--loss must be [WEIGHT*]NAME[:OPTION=VALUE,...], got '{text}'; try 0.5*dkd:beta=2.")
     weight, name, options = match.groups()

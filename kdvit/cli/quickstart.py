@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kdvit.cli.parser import Parser
 from kdvit.cost import human, num_macs, num_parameters
 from kdvit.data import ImageData, open_data
 from kdvit.distiller import Distiller
@@ -37,7 +37,7 @@ class Row:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="kdvit quickstart", description=__doc__)
+    parser = Parser("kdvit quickstart", description=__doc__)
     parser.add_argument("--output", default="runs/quickstart", help="run folder [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of both students [%(default)s]")
     parser.add_argument("--epochs", type=int, default=TRAINING.epochs, help="of both students [%(default)s]")
@@ -62,7 +62,7 @@ def compare(
     """
     data = data or open_data("fashion-mnist-sample")
     settings = Training(**{**vars(TRAINING), "epochs": epochs, "seed": seed})
-    rows, teacher_top1 = [], None
+    rows: list[Row] = []
     for name, losses in (("alone", ()), ("distilled", LOSSES)):
         teacher = Teacher(TEACHER) if losses else None
         torch.manual_seed(seed)

@@ -57,7 +57,10 @@ def several(owner: Loss, name: str, locations: Iterable[Location]) -> tuple[Loca
         raise TypeError(
             f"{type(owner).__name__}: {name} must be a sequence, got {locations!r}; write ({locations!r},) for one."
         )
-    return tuple(locations)
+    locations = tuple(locations)
+    if not locations:
+        raise ValueError(f"{type(owner).__name__}: {name} must name at least one location, got none; name the blocks.")
+    return locations
 
 
 def same_classes(owner: Loss, student: int, teacher: int, student_name: str = "student_logits") -> None:

@@ -121,7 +121,8 @@ def make(name: str, *, standardize: bool = False, **options) -> Loss:
     known = [*inspect.signature(cls).parameters, "standardize"]
     for option in options:
         if option not in known:
-            raise ValueError(f"{name}: unknown option '{option}'{nearest(option, known) or ';'} Known: {', '.join(known)}.")
+            hint = nearest(option, known) or ";"
+            raise ValueError(f"{name}: unknown option '{option}'{hint} Known: {', '.join(known)}.")
     loss = cls(**options)
     if not standardize:
         return loss

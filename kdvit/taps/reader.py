@@ -25,9 +25,7 @@ AXES = {
 }
 
 
-def family_of(
-    model: nn.Module, name: str, *, num_prefix_tokens: int | None = None, grid: Grid | None = None
-) -> Family:
+def family_of(model: nn.Module, name: str, *, num_prefix_tokens: int | None = None, grid: Grid | None = None) -> Family:
     """Recognise a model by the names of its classes, so that no other library is imported for it.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdvit.signals import ATTENTION_SIGNALS, Location, tokens_to_map
 from kdvit.taps.attention import reader_for
-from kdvit.taps.family import Family, Grid, Source
+from kdvit.taps.family import Grid, Source
 from kdvit.taps.tap import TapPoint
 from kdvit.taps.timm_facts import TimmFacts
 

@@ -33,11 +33,11 @@ def add_arguments(parser: argparse._ActionsContainer, settings: type, skip: Sequ
         default = item.default if item.default is not MISSING else item.default_factory()
         option = f"--{item.name.replace('_', '-')}"
         text = " ".join(filter(None, (helps.get(item.name), f"[{default}]"))).replace("%", "%%")
-        kind, many = _kind(hints[item.name])
+        kind, count = _kind(hints[item.name])
         if kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default, help=text)
         else:
-            more = {"nargs": "+", "action": _Tuple} if many else {}
+            more = {"nargs": count, "action": _Tuple} if count else {}
             parser.add_argument(option, type=kind, default=default, help=text, metavar=kind.__name__.upper(), **more)
 
 
@@ -46,12 +46,12 @@ class _Tuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
-def _kind(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether there are several)."""
+def _kind(hint: Any) -> tuple[type, int | str | None]:
+    """(type of one value; how many there are in a tuple, "+" for any number, None where it is no tuple)."""
     options = [arg for arg in get_args(hint) if arg is not type(None)]
     if get_origin(hint) is tuple:
-        return options[0], True
-    return _kind(options[0]) if options else (hint, False)
+        return options[0], "+" if Ellipsis in options else len(options)
+    return _kind(options[0]) if options else (hint, None)
 
 
 def _helps(settings: type) -> dict[str, str]:

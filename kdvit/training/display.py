@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class Display:
@@ -26,18 +27,17 @@ class Display:
     ) -> None:  # fmt: skip
         self.console = console or Console()
         self.show = show
-        self.progress = Progress(
+        self.progress = _Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
             console=self.console,
             disable=not (show and self.console.is_terminal),
         )
-        self.task = self.progress.add_task(title, total=total_steps, completed=first_step, losses="")
+        self.task = self.progress.add_task(title, total=total_steps, completed=first_step)
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -48,12 +48,23 @@ class Display:
 
     def step(self, losses: Mapping[str, float] | None = None) -> None:
         """One optimizer step is done; ``losses`` where there are new values to show."""
-        self.progress.update(self.task, advance=1)
         if losses:
-            text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            self.progress.update(self.task, losses=text)
+            # A no-break space keeps a name and its value on one line.
+            self.progress.losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{value:.3g}" for name, value in losses.items())
+        self.progress.update(self.task, advance=1)
 
     def line(self, text: str) -> None:
         """A line that stays."""
         if self.show:
             self.progress.console.print(text, highlight=False)
+
+
+class _Progress(Progress):
+    """The bar, and below it the losses: beside it they would leave no room for the bar on a narrow terminal."""
+
+    losses = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.losses:
+            yield Text(f"  {self.losses}", style="dim")

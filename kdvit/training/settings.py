@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -61,15 +62,23 @@ class Training:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
                 f"Training: exactly one of epochs and steps must be given, got epochs={self.epochs}, "
-                f"steps={self.steps}; set the other to None."
+                f"steps={self.steps}; leave the other out (None)."
             )
         for name in ("epochs", "steps", "batch_size", "accumulation_steps", "evaluate_epochs", "log_steps"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise TypeError(f"Training: {name} must be a whole number, got {value!r}; round it.")
             if value is not None and value < 1:
                 raise ValueError(f"Training: {name} must be >= 1, got {value}; give a positive whole number.")
-        for name in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Training: {name} must be >= 0, got {getattr(self, name)}; give 0 or more.")
+        for name in (
+            "lr", "weight_decay", "momentum", "warmup_epochs", "warmup_lr", "min_lr", "mixup_alpha", "cutmix_alpha",
+            "num_workers",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Training: {name} must be >= 0, got {value}; give 0 or more.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"Training: clip_norm must be > 0, got {self.clip_norm}; try 1.0, or None.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"Training: label_smoothing must be in [0, 1), got {self.label_smoothing}; try 0.1.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):

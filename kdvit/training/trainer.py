@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
@@ -81,10 +81,7 @@ class Trainer:
         self.data, self.settings, self.title = data, settings, title
         self._check_classes(distiller)
         data.check(num_images=64)
-        AcceleratorState._reset_state()  # Accelerate refuses a second precision in one process; a notebook tries several
-        self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulation_steps
-        )
+        self.accelerator = _accelerator(settings)
         self.is_main = self.accelerator.is_main_process
         self.shows = self.is_main and not quiet
         self.transform = transform or transform_for(distiller.student)
@@ -122,7 +119,12 @@ class Trainer:
     def _prepare(self) -> None:
         from timm.scheduler import CosineLRScheduler
 
-        settings = self.settings
+        settings, num_processes = self.settings, self.accelerator.num_processes
+        if settings.batch_size * num_processes > len(self.data.train):
+            raise ValueError(
+                f"Training: batch_size must be at most the {len(self.data.train)} training images over "
+                f"{num_processes} process(es), got {settings.batch_size}; use smaller batches."
+            )
         load = partial(make_loader, batch_size=settings.batch_size, seed=settings.seed, transform=self.transform)
         train = load(self.data.train, train=True, num_workers=settings.num_workers)
         test = load(self.data.test, train=False, num_workers=settings.num_workers)
@@ -130,11 +132,6 @@ class Trainer:
         self.distiller, self.optimizer, self.train_loader, self.test_loader = self.accelerator.prepare(
             self.plain, optimizer, train, test
         )
-        if len(self.train_loader) == 0:
-            raise ValueError(
-                f"Training: batch_size must be at most the {len(self.data.train)} training images over "
-                f"{self.accelerator.num_processes} processes, got {settings.batch_size}; use smaller batches."
-            )
         self.steps_per_epoch = math.ceil(len(self.train_loader) / settings.accumulation_steps)
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
@@ -147,6 +144,7 @@ class Trainer:
             warmup_lr_init=settings.warmup_lr,
             warmup_prefix=True,
             t_in_epochs=False,
+            cycle_decay=0.1,  # there is one cycle; but timm warns of 1.0 where the schedule is one step long
         )
         self.mixer = self._mixer()
         self.ema = self._ema()
@@ -443,6 +441,15 @@ class _Window:
         total, rate = float(self.total) / self.count, self.images / (time.perf_counter() - self.started)
         self.__init__()
         return losses, total, rate
+
+
+def _accelerator(settings: Training) -> Accelerator:
+    # Accelerate keeps one precision and one accumulation for the whole process. A notebook makes several Trainers, so
+    # each gets a state of its own; the process group is in another state, and stays common.
+    AcceleratorState._shared_state, GradientState._shared_state = {}, {}
+    return Accelerator(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulation_steps
+    )
 
 
 def _optimizer(distiller: Distiller, settings: Training) -> torch.optim.Optimizer:

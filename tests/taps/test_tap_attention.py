@@ -186,7 +186,7 @@ def test_a_causal_mask_and_an_additive_mask_are_followed(make_case):
         unfused, caught = copy.deepcopy(case.model), []
         for block in unfused.blocks:
             block.attn.fused_attn = False
-            block.attn.attn_drop.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+            block.attn.attn_drop.register_forward_pre_hook(lambda module, args, caught=caught: caught.append(args[0]))
         with torch.no_grad():
             unfused(case.images, **kwargs)
         reader = case.reader(("attention", 1), ("cls_attention", 1))

@@ -104,6 +104,30 @@ def test_token_outputs_of_other_architectures(case_of):
     assert case.read(("tokens", "blocks.1"))[1].shape == (1, 4, 128)
 
 
+@torch.no_grad()
+def test_channels_last_stages_that_do_not_say_so(case_of):
+    """SAM's blocks give (B, h, w, D) as Swin's do, but timm's class has no output_fmt."""
+    model = timm.create_model(
+        "samvit_base_patch16_224", img_size=64, embed_dim=24, depth=2, num_heads=2, global_attn_indexes=(1,)
+    )
+    case = case_of("sam", model.eval(), torch.rand(1, 3, 64, 64))
+    maps = model.forward_intermediates(case.images, intermediates_only=True)
+    for stage in range(2):
+        assert torch.equal(case.read(("feature_map", stage))[1], maps[stage])
+
+
+def test_a_map_of_another_layout_is_refused(make_case):
+    """What timm says of a stage's width is checked, so that no other layout passes for channels first."""
+    case = make_case("convnext")
+    case.model.feature_info[1]["num_chs"] = 7
+    with pytest.raises(ValueError) as error:
+        case.read(("feature_map", 1))
+    assert str(error.value) == (
+        "convnext: feature_map of stage 1 must have 7 channels, got shape (2, 32, 8, 8) at 'stages.1'; "
+        "choose another stage, or a module path."
+    )
+
+
 def test_feature_info_that_names_no_module(case_of):
     model = timm.create_model("twins_svt_small", img_size=32, depths=(1, 1, 1, 1), num_classes=3)
     with pytest.raises(ValueError, match="twins: module path must exist, got 'block.0'; did you mean 'blocks.0'"):

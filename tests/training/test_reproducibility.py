@@ -1,0 +1,140 @@
+"""One seed is one run, bit for bit: run twice, with other workers, and in two parts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from kdvit.losses import KD, FitNet, ViTKD
+from kdvit.training import Trainer
+from tests.training.conftest import distiller, same_weights
+
+RANDOM = {"drop_rate": 0.2, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
+
+
+def run(make_trainer, **options) -> nn.Module:
+    trainer = make_trainer(distiller(["kd", "vitkd"], **RANDOM), epochs=2, mixup_alpha=0.5, **options)
+    trainer.fit()
+    return trainer.student
+
+
+def test_one_seed_is_one_run_whatever_the_workers(make_trainer):
+    first = run(make_trainer, seed=5)
+    torch.rand(7)  # what others draw in between does not matter
+    assert same_weights(first, run(make_trainer, seed=5))
+    assert same_weights(first, run(make_trainer, seed=5, num_workers=2))
+    assert not same_weights(first, run(make_trainer, seed=6))
+
+
+def test_dropout_differs_from_step_to_step(make_trainer):
+    """The seed of a step is its place in the run, not one for all."""
+    seen = []
+
+    class Seer(nn.Module):
+        def forward(self, x):
+            seen.append(torch.rand(3).tolist())
+            return x
+
+    subject = distiller()
+    subject.student.model.head_drop = Seer()
+    trainer = make_trainer(subject, epochs=2)
+    seen.clear()
+    trainer._train_epoch(_Silent())
+    assert len(seen) == 4 and len({tuple(row) for row in seen}) == 4
+
+
+class Fuse:
+    """A weight of a loss that breaks the run at a step, as a power cut would."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def __call__(self, progress) -> float:
+        if progress.step == self.step:
+            raise ConnectionError("power cut")
+        return 0.5
+
+
+def start(make_trainer, folder, blows_at: int | None, *, resume: bool = False, **options) -> Trainer:
+    losses = [(Fuse(blows_at), KD()), FitNet(), ViTKD()]
+    return make_trainer(
+        distiller(losses, **RANDOM), folder=folder, resume=resume,
+        **{"epochs": 3, "lr": 3e-3, "ema_decay": 0.9, "mixup_alpha": 0.2, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2, "optimizer": "momentum"}, {"num_workers": 2}])
+def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path, options):
+    whole = start(make_trainer, tmp_path / "whole", None, **options)
+    expected = whole.fit()
+    blows_at = 3 if "accumulation_steps" in options else 6  # in the second of three epochs
+    with pytest.raises(ConnectionError):
+        start(make_trainer, tmp_path / "parts", blows_at, **options).fit()
+    # The second part may look at the run in another way; only what changes the result must be equal.
+    resumed = start(make_trainer, tmp_path / "parts", None, resume=True, **options)
+    assert resumed.epoch == 1
+    result = resumed.fit()
+    assert same_weights(resumed.plain, whole.plain)  # the student and the projectors
+    assert same_weights(resumed.ema, whole.ema)
+    for field in ("top1", "top5", "best_top1", "best_epoch", "teacher_top1", "num_steps"):
+        assert getattr(result, field) == getattr(expected, field), field
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    ours, theirs = (torch.load(tmp_path / name / "state" / "last.pt", weights_only=True) for name in ("parts", "whole"))
+    for index, state in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(ours["optimizer"]["state"][index][key], value) for key, value in state.items())
+
+
+def records(folder) -> list[dict]:
+    """All metrics but what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def test_a_finished_run_is_not_run_again(make_trainer, tmp_path):
+    first = start(make_trainer, tmp_path / "run", None).fit()
+    before = records(tmp_path / "run")
+    again = start(make_trainer, tmp_path / "run", 0, resume=True).fit()
+    assert again == first
+    assert records(tmp_path / "run") == before
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["top1"] == first.top1
+
+
+def test_resume_without_an_earlier_run_starts_one(make_trainer, tmp_path):
+    assert start(make_trainer, tmp_path / "new", None, resume=True, epochs=1).fit().num_steps == 4
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_is_used(make_trainer, tmp_path, capsys):
+    whole = start(make_trainer, tmp_path / "run", None)
+    whole.fit()
+    last = tmp_path / "run" / "state" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    resumed = start(make_trainer, tmp_path / "run", None, resume=True, quiet=False)
+    assert resumed.epoch == 2
+    resumed.fit()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "last.pt' cannot be read (" in shown and "the state of the epoch before it is used." in shown
+    assert same_weights(resumed.plain, whole.plain) and same_weights(resumed.ema, whole.ema)
+
+
+def test_a_state_is_never_half_written(make_trainer, tmp_path, monkeypatch):
+    start(make_trainer, tmp_path / "run", None, epochs=1).fit()
+    good = (tmp_path / "run" / "state" / "last.pt").read_bytes()
+    folder = start(make_trainer, tmp_path / "run", None, epochs=1, resume=True).folder
+
+    def breaks(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", breaks)
+    with pytest.raises(OSError, match="disk full"):
+        folder.save_state({})
+    assert (tmp_path / "run" / "state" / "last.pt").read_bytes() == good
+
+
+class _Silent:
+    def step(self, losses=None) -> None: ...
+
+    def line(self, text: str) -> None: ...
