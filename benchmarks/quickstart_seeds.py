@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from kdvit.cli.quickstart import LOSSES, STUDENT, TEACHER, TRAINING, compare
+from kdvit.cli.quickstart import KD_WEIGHT, STUDENT, TASK_WEIGHT, TEACHER, TEMPERATURE, TRAINING, compare
 from kdvit.cost import device_name, human
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
@@ -47,8 +47,8 @@ def report(runs: dict[int, list]) -> str:
         "",
         f"Teacher `{TEACHER}` ({first[0].top1:.2f} %, trained on all 60,000 images); student ViT "
         f"{json.dumps(STUDENT)}; {TRAINING.epochs} epochs of 8,000 images, batch {TRAINING.batch_size}, AdamW "
-        f"lr {TRAINING.lr:g}, weight decay {TRAINING.weight_decay:g}; distilled with "
-        f"{', '.join(f'{weight:g} * {loss!r}' for weight, loss in LOSSES)} beside the cross-entropy.",
+        f"lr {TRAINING.lr:g}, weight decay {TRAINING.weight_decay:g}, images flipped at random. Alone: cross-entropy; "
+        f"distilled: {TASK_WEIGHT:g} cross-entropy + {KD_WEIGHT:g} KD at temperature {TEMPERATURE:g}.",
         "",
         "| seed | student alone | student distilled | difference | alone, s | distilled, s |",
         "|---|---|---|---|---|---|",

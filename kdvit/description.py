@@ -53,7 +53,8 @@ def describe(distiller: Distiller, width: int = 120) -> str:
 
 def _table(title: str, *headers: str) -> Table:
     """Narrow enough for a terminal of 80 columns: no lines between columns."""
-    return Table(*headers, title=title, title_justify="left", box=box.HORIZONTALS, collapse_padding=True, pad_edge=False)
+    narrow = {"box": box.HORIZONTALS, "collapse_padding": True, "pad_edge": False}
+    return Table(*headers, title=title, title_justify="left", **narrow)
 
 
 def _wanted(distiller: Distiller, side: str, name: str, request: object) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kdvit import Distiller, Student, Teacher, Trainer, Training, create_model
-from kdvit.data import open_data
+from kdvit.data import FASHION_MNIST_TRANSFORM, open_data
 from kdvit.losses import KD
 from kdvit.training.arguments import parse
 
@@ -39,7 +39,7 @@ class Settings:
     output: str = "runs/fashion_teacher_vit"
     epochs: int = 12
     batch_size: int = 256
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     weight_decay: float = 0.05
     temperature: float = 2.0
     kd_weight: float = 1.0
@@ -54,10 +54,18 @@ def main(settings: Settings) -> None:
     teacher = Teacher("fashion_mnist_cnn")
     torch.manual_seed(settings.seed)
     model = create_model(
-        "vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, num_classes=len(data.classes),
-        embed_dim=120, depth=5, num_heads=3,
-    )  # fmt: skip
-    student = Student(model, mean=(0.286,), std=(0.353,), name="fashion_mnist_vit")
+        "vit_tiny_patch16_224",
+        img_size=28,
+        patch_size=7,
+        in_chans=1,
+        num_classes=len(data.classes),
+        embed_dim=96,
+        depth=6,
+        num_heads=4,
+    )
+    student = Student(
+        model, mean=FASHION_MNIST_TRANSFORM.mean, std=FASHION_MNIST_TRANSFORM.std, name="fashion_mnist_vit"
+    )
     distiller = Distiller(teacher, student, losses=[(settings.kd_weight, KD(settings.temperature))])
     training = Training(
         epochs=1 if settings.smoke else settings.epochs,
@@ -67,7 +75,9 @@ def main(settings: Settings) -> None:
         clip_norm=1.0,
         seed=settings.seed,
     )
-    result = Trainer(distiller, data, training, settings.output, title="vit teacher").fit()
+    result = Trainer(
+        distiller, data, training, settings.output, transform=FASHION_MNIST_TRANSFORM, title="vit teacher"
+    ).fit()
     print(f"top-1 {result.top1:.2f} % on {len(data.test)} test images")
 
 

@@ -29,7 +29,7 @@ kdvit --version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. What a user got wrong is one sentence and exit code 2; KDVIT_TRACEBACK=1 shows where it was found."""
+    """Entry point. What a user got wrong is one sentence and exit code 2; KDVIT_TRACEBACK=1 shows where it arose."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE.format(commands="\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())))
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A loader process hands its traceback on; the sentence is the last line of it.
         return _fail(str(error).strip().splitlines()[-1])
     except KeyboardInterrupt:
-        return _fail("stopped; the run folder keeps the last whole epoch, `kdvit distill --resume` goes on.", code=130)
+        return _fail("stopped; the run folder keeps the last whole epoch, `kdvit distill --resume` goes on from it.", code=130)
     return 0
 
 

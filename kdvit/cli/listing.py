@@ -38,7 +38,7 @@ def _models() -> Iterable[tuple[str, str]]:
     from kdvit.models import SHIPPED
 
     yield from SHIPPED.items()
-    pretrained = set(timm.list_models(pretrained=True))
+    pretrained = {name.partition(".")[0] for name in timm.list_models(pretrained=True)}  # without their tags
     for name in timm.list_models():
         yield name, "timm, with published weights" if name in pretrained else "timm"
 

@@ -24,7 +24,8 @@ def parse_options(text: str, owner: str) -> dict[str, Any]:
             raise ValueError
         return options
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{owner}: options must be NAME=VALUE,NAME=VALUE, each once, got '{text}'; see --help.") from error
+        rule = "options must be NAME=VALUE,NAME=VALUE, each once"
+        raise ValueError(f"{owner}: {rule}, got '{text}'; see --help.") from error
 
 
 def _value(node: ast.expr) -> Any:

@@ -56,7 +56,7 @@ class Display:
     def line(self, text: str) -> None:
         """A line that stays."""
         if self.show:
-            self.progress.console.print(text, highlight=False)
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Progress(Progress):

@@ -271,7 +271,7 @@ class Trainer:
 
     def _advice(self) -> str:
         return (
-            f"the last whole epoch is kept in '{self.folder.path}'; lower lr, clip the gradient, or use "
+            f"the last whole epoch, if there was one, is kept in '{self.folder.path}'; lower lr, clip the gradient, or use "
             "mixed_precision='no'."
         )
 

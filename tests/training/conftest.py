@@ -31,7 +31,9 @@ def vit(seed: int = 0, **options: Any) -> nn.Module:
     return timm.create_model(ARCHITECTURE, **{**SIZES, **options})
 
 
-def distiller(losses: Sequence = (KD(),), teacher: Any = "vit", task_loss: Any = "cross_entropy", **options) -> Distiller:
+def distiller(
+    losses: Sequence = (KD(),), teacher: Any = "vit", task_loss: Any = "cross_entropy", **options
+) -> Distiller:
     """A new student with the same weights each time; a teacher that is wider than it."""
     torch.manual_seed(1)
     teacher = vit(7, embed_dim=32) if teacher == "vit" else teacher

@@ -66,7 +66,9 @@ def test_where_reading_values_is_dear_many_steps_are_looked_at_together(make_tra
 
 def test_weights_that_become_nan_are_not_kept(make_trainer, tmp_path):
     trainer = make_trainer(distiller([Breaks(1, gradient_only=True)]), folder=tmp_path / "run", epochs=3, batch_size=64)
-    with pytest.raises(RuntimeError, match=r"Trainer: the weights became NaN or infinite before step 2 \(first: student"):
+    with pytest.raises(
+        RuntimeError, match=r"Trainer: the weights became NaN or infinite before step 2 \(first: student"
+    ):
         trainer.fit()
     state = torch.load(tmp_path / "run" / "state" / "last.pt", weights_only=True)
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["distiller"].values())
@@ -94,9 +96,15 @@ def test_a_run_without_a_whole_epoch_cannot_be_resumed(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"lr": 5e-4}, "Trainer: lr must be 0.001 as in the run in '{folder}', got 0.0005; resume it as it was started,"),
+        (
+            {"lr": 5e-4},
+            "Trainer: lr must be 0.001 as in the run in '{folder}', got 0.0005; resume it as it was started,",
+        ),
         ({"epochs": 4}, "Trainer: epochs must be 1 as in the run in '{folder}', got 4; resume it"),
-        ({"losses": ["dkd"]}, "Trainer: losses must be {{'kd': 'KD(temperature=4.0)'}} as in the run in '{folder}', got"),
+        (
+            {"losses": ["dkd"]},
+            "Trainer: losses must be {{'kd': 'KD(temperature=4.0)'}} as in the run in '{folder}', got",
+        ),
         ({"depth": 1}, "Trainer: the student must be the one of the run in '{folder}', got one with other weights;"),
     ],
 )
@@ -116,7 +124,9 @@ def test_how_a_run_is_watched_may_change(make_trainer, tmp_path):
 def test_states_that_are_all_damaged_are_refused(make_trainer, tmp_path):
     make_trainer(distiller(), folder=tmp_path / "run").fit()
     (tmp_path / "run" / "state" / "last.pt").write_bytes(b"not a state")
-    with pytest.raises(ValueError, match=r"run folder '.*': '.*last.pt' cannot be read \(.*\), and there is no earlier"):
+    with pytest.raises(
+        ValueError, match=r"run folder '.*': '.*last.pt' cannot be read \(.*\), and there is no earlier"
+    ):
         make_trainer(distiller(), folder=tmp_path / "run", resume=True)
 
 
@@ -129,9 +139,17 @@ def test_states_that_are_all_damaged_are_refused(make_trainer, tmp_path):
             "Trainer: data 'fashion-mnist-sample' has 10 classes but student 'small' has 7; make the student with "
             "num_classes=10.",
         ),
-        ({}, {"optimizer": "adamww"}, "Training: unknown optimizer 'adamww'; did you mean 'adamw'? see timm.optim.list"),
+        (
+            {},
+            {"optimizer": "adamww"},
+            "Training: unknown optimizer 'adamww'; did you mean 'adamw'? see timm.optim.list",
+        ),
         ({}, {"optimizer": "qqqqqq"}, "Training: unknown optimizer 'qqqqqq'; see timm.optim.list_optimizers()."),
-        ({}, {"batch_size": 65}, "Training: batch_size must be at most the 64 training images over 1 process(es), got 65;"),
+        (
+            {},
+            {"batch_size": 65},
+            "Training: batch_size must be at most the 64 training images over 1 process(es), got 65;",
+        ),
         ({}, {"seed": -1}, "EpochBatchSampler: seed must be in [0, 2**63), got -1;"),
     ],
 )
@@ -161,7 +179,11 @@ def test_a_corrupt_image_is_named_before_the_first_batch(make_trainer, tmp_path)
     ("options", "kind", "sentence"),
     [
         ({"steps": 3}, ValueError, "Training: exactly one of epochs and steps must be given, got epochs=10, steps=3;"),
-        ({"epochs": None}, ValueError, "Training: exactly one of epochs and steps must be given, got epochs=None, steps=None"),
+        (
+            {"epochs": None},
+            ValueError,
+            "Training: exactly one of epochs and steps must be given, got epochs=None, steps=None",
+        ),
         ({"epochs": 0}, ValueError, "Training: epochs must be >= 1, got 0;"),
         ({"epochs": 1.5}, TypeError, "Training: epochs must be a whole number, got 1.5;"),
         ({"batch_size": 0}, ValueError, "Training: batch_size must be >= 1, got 0;"),
@@ -171,7 +193,11 @@ def test_a_corrupt_image_is_named_before_the_first_batch(make_trainer, tmp_path)
         ({"num_workers": -1}, ValueError, "Training: num_workers must be >= 0, got -1;"),
         ({"clip_norm": 0.0}, ValueError, "Training: clip_norm must be > 0, got 0.0; try 1.0, or None."),
         ({"label_smoothing": 1.0}, ValueError, "Training: label_smoothing must be in [0, 1), got 1.0;"),
-        ({"mixed_precision": "fp8"}, ValueError, "Training: mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8';"),
+        (
+            {"mixed_precision": "fp8"},
+            ValueError,
+            "Training: mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8';",
+        ),
         ({"ema_decay": 1.0}, ValueError, "Training: ema_decay must be in (0, 1), got 1.0; try 0.999, or None."),
     ],
 )

@@ -93,7 +93,9 @@ def test_two_halves_accumulated_are_one_whole(make_trainer, clip_norm):
     whole = make_trainer(distiller(), batch_size=32, **options)
     halves = make_trainer(distiller(), batch_size=16, accumulation_steps=2, **options)
     assert whole.fit().num_steps == halves.fit().num_steps == 4
-    assert [r["lr"] for r in metrics(whole.folder.path, "step")] == [r["lr"] for r in metrics(halves.folder.path, "step")]
+    assert [r["lr"] for r in metrics(whole.folder.path, "step")] == [
+        r["lr"] for r in metrics(halves.folder.path, "step")
+    ]
     start = vit().state_dict()
     for (name, ours), theirs in zip(whole.student.named_parameters(), halves.student.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
@@ -143,7 +145,10 @@ def test_labels_are_class_ids_where_nothing_mixes(make_trainer, tiny_data):
 def test_the_average_of_the_weights_is_evaluated_and_saved(make_trainer, tiny_data):
     trainer = make_trainer(distiller(), epochs=2, lr=1e-2, ema_decay=0.7)
     seen, update = [], trainer.ema.update
-    trainer.ema.update = lambda model, step: (seen.append([p.detach().clone() for p in model.parameters()]), update(model, step))
+    trainer.ema.update = lambda model, step: (
+        seen.append([p.detach().clone() for p in model.parameters()]),
+        update(model, step),
+    )
     result = trainer.fit()
     average = [p.detach().clone() for p in vit().parameters()]
     for step, weights in enumerate(seen, start=1):
@@ -236,7 +241,9 @@ def test_the_teacher_is_evaluated_through_its_bridge(make_trainer, tiny_data):
     class_map = [11, 3, 0, 1, 2, 4, 5, 6, 7, 8]
     subject = distiller(teacher=Teacher(model, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), class_map=class_map))
     result = make_trainer(subject).fit()
-    pixels, labels = whole(tiny_data, TransformSettings(image_size=28, num_channels=1, mean=(0.0,), std=(1.0,), crop_padding=2))
+    pixels, labels = whole(
+        tiny_data, TransformSettings(image_size=28, num_channels=1, mean=(0.0,), std=(1.0,), crop_padding=2)
+    )
     images = F.interpolate((pixels.expand(-1, 3, -1, -1) - 0.5) / 0.5, size=(32, 32), mode="bicubic", antialias=True)
     with torch.no_grad():
         right = model(images)[:, class_map].argmax(1) == labels

@@ -1,0 +1,163 @@
+"""What a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kdvit import Distiller, Student, Training, create_model
+from kdvit.losses import KD, ViTKD
+from kdvit.training import Result
+from kdvit.training.run_folder import RunFolder
+from tests.training.conftest import ARCHITECTURE, MEAN, SIZES, STD, distiller, metrics, same_weights
+
+
+@pytest.fixture
+def finished(make_trainer) -> tuple[Result, nn.Module]:
+    trainer = make_trainer(distiller([(0.5, KD()), ViTKD()]), epochs=2, lr=3e-3)
+    return trainer.fit(), trainer.student
+
+
+def test_the_folder_holds_this_and_no_more(finished):
+    result, _ = finished
+    files = {str(path.relative_to(result.folder)) for path in result.folder.rglob("*") if path.is_file()}
+    assert files == {
+        "run.json", "metrics.jsonl", "student/config.json", "student/model.safetensors", "best/config.json",
+        "best/model.safetensors", "state/last.pt", "state/previous.pt",
+    }  # fmt: skip
+
+
+def test_run_json_says_how_it_was_made(finished):
+    result, _ = finished
+    facts = json.loads((result.folder / "run.json").read_text())
+    assert set(facts) == {
+        "written", "command", "python", "versions", "commit", "result", "settings", "transform", "data", "student",
+        "teacher", "losses", "weights", "device", "num_processes",
+    }  # fmt: skip
+    assert facts["versions"] == {name: metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")}
+    assert facts["result"] == {**asdict(result), "folder": str(result.folder)}
+    assert Training(**{**facts["settings"], "betas": tuple(facts["settings"]["betas"])}) == Training(
+        epochs=2, batch_size=16, log_steps=1, lr=3e-3
+    )
+    assert facts["losses"]["kd"] == "KD(temperature=4.0)" and facts["losses"]["vitkd"].startswith("ViTKD(")
+    assert facts["weights"] == {"task": 1.0, "kd": 0.5, "vitkd": 1.0}
+    assert (facts["student"], facts["teacher"]) == ("small", ARCHITECTURE)
+    assert facts["data"] == "fashion-mnist-sample, 64 images"
+    assert facts["transform"]["mean"] == list(MEAN) and facts["transform"]["image_size"] == 28
+    assert facts["device"].startswith("cpu") and facts["num_processes"] == 1
+
+
+def test_the_commit_is_that_of_the_checkout(finished):
+    checkout = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("the tests do not run in a git checkout")
+    assert len(json.loads((finished[0].folder / "run.json").read_text())["commit"]) == 40
+
+
+def test_a_run_that_breaks_has_said_how_it_was_started(make_trainer, tmp_path):
+    trainer = make_trainer(distiller(), folder=tmp_path / "run")
+    trainer._train_epoch = lambda display: (_ for _ in ()).throw(ConnectionError())
+    with pytest.raises(ConnectionError):
+        trainer.fit()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["result"] is None and facts["settings"]["batch_size"] == 16
+
+
+def test_every_loss_is_logged_by_its_name(finished):
+    result, _ = finished
+    steps, evaluations = metrics(result, "step"), metrics(result, "evaluation")
+    assert len(steps) == 8 and len(evaluations) == 2
+    for record in steps:
+        assert set(record) == {"kind", "step", "epoch", "lr", "loss", "losses", "images_per_second"}
+        assert list(record["losses"]) == ["task", "kd", "vitkd.mimic", "vitkd.generate"]
+        parts = record["losses"]
+        total = parts["task"] + 0.5 * parts["kd"] + parts["vitkd.mimic"] + parts["vitkd.generate"]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
+        assert record["images_per_second"] > 0
+    assert set(evaluations[0]) == {"kind", "step", "epoch", "top1", "top5", "loss"}
+    best = max(evaluations, key=lambda record: record["top1"])
+    assert (result.best_top1, result.best_epoch) == (best["top1"], best["epoch"])
+    assert (result.top1, result.top5) == (evaluations[-1]["top1"], evaluations[-1]["top5"])
+
+
+def test_the_student_loads_in_timm(finished):
+    result, student = finished
+    images = torch.randn(3, 1, 28, 28)
+    expected = student.eval()(images)
+    folder = result.folder / "student"
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    by_file = timm.create_model(ARCHITECTURE, checkpoint_path=str(folder / "model.safetensors"), **SIZES)
+    by_us = create_model(str(folder))
+    for loaded in (by_folder, by_file, by_us):
+        assert same_weights(loaded, student)
+        torch.testing.assert_close(loaded.eval()(images), expected, rtol=0, atol=0)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"][9] == "Ankle boot"
+    assert [tuple(by_folder.pretrained_cfg[key]) for key in ("mean", "std")] == [MEAN, STD]
+    assert Student(by_folder).normalisation == (MEAN, STD)  # it may teach the next one without being told again
+
+
+def test_another_model_cannot_take_the_students_weights(finished):
+    file = str(finished[0].folder / "student" / "model.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model(ARCHITECTURE, checkpoint_path=file, **{**SIZES, "depth": 3})
+
+
+def test_best_is_the_best_evaluation(make_trainer, monkeypatch):
+    trainer = make_trainer(distiller(), epochs=3, lr=1e-2)
+    at_epoch, scores = {}, {1: 30.0, 2: 50.0, 3: 40.0}
+    evaluate = trainer._evaluate
+
+    def scored(model, predict):
+        accuracy = evaluate(model, predict)
+        if model is not trainer.student:
+            return accuracy
+        at_epoch[trainer.epoch] = {name: value.clone() for name, value in model.state_dict().items()}
+        return type(accuracy)(scores[trainer.epoch], accuracy.top5, accuracy.loss, accuracy.num_images)
+
+    monkeypatch.setattr(trainer, "_evaluate", scored)
+    result = trainer.fit()
+    assert (result.top1, result.best_top1, result.best_epoch) == (40.0, 50.0, 2)
+    for which, epoch in (("best", 2), ("student", 3)):
+        loaded = timm.create_model(f"local-dir:{result.folder}/{which}", pretrained=True).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in at_epoch[epoch].items())
+
+
+def test_a_model_that_timm_did_not_make_is_saved_as_weights(make_trainer):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    result = make_trainer(Distiller(None, Student(model, input_size=(1, 28, 28)), losses=[])).fit()
+    from safetensors.torch import load_file
+
+    assert [path.name for path in (result.folder / "student").iterdir()] == ["model.safetensors"]
+    assert torch.equal(load_file(result.folder / "student" / "model.safetensors")["1.weight"], model[1].weight)
+
+
+def test_nothing_in_the_state_is_executed(finished):
+    state = torch.load(finished[0].folder / "state" / "last.pt", weights_only=True)
+    assert {"run", "distiller", "optimizer", "ema", "scaler", "step", "epoch", "best"} <= set(state)
+    assert not any("teacher" in name for name in state["distiller"])
+
+
+def test_metrics_of_an_unfinished_epoch_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.log({"kind": "step", "step": step})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"kind": "step", "ste')  # the power went while it was written
+    folder.drop_metrics_after(2)
+    assert [record["step"] for record in folder.metrics()] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run folder '.*file' cannot be made \(File exists\); choose another."):
+        RunFolder(tmp_path / "file")
