@@ -4,18 +4,19 @@ import timm
 import torch
 
 import kdvit
-from kdvit.data import TransformSettings, make_loader, open_data
+from kdvit.data import make_loader, open_data
 from kdvit.losses import KD, ViTKD
+from kdvit.training import transform_for
 
-data = open_data("fashion-mnist-sample")
-transform = TransformSettings(image_size=28, num_channels=1, mean=(0.286,), std=(0.353,), crop_padding=2)
-loader = make_loader(data.train, transform, batch_size=128, train=True)
 student = timm.create_model(
-    "vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=48, depth=3, num_heads=3
+    "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=48, depth=3, num_heads=3
 )
 
 distiller = kdvit.Distiller("fashion_mnist_vit", student, losses=[KD(temperature=4.0), ViTKD()])
 optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+# Images normalised as the student states it; the teacher, who was trained with another mean and std, gets its own.
+data = open_data("fashion-mnist-sample")
+loader = make_loader(data.train, transform_for(distiller.student), batch_size=128, train=True)
 
 distiller.train()
 for step, batch in enumerate(loader):

@@ -47,8 +47,8 @@ class ImageBridge(nn.Module):
         if ours is not None and theirs is not None:
             if ours[0] != theirs[0] and ours[0] != 1:
                 raise ValueError(
-                    f"Teacher: '{teacher.name}' takes {theirs[0]} channels but student '{student.name}' gets {ours[0]}; "
-                    "choose a teacher and a student with the same channels."
+                    f"Teacher: '{teacher.name}' takes {theirs[0]} channels but student '{student.name}' gets "
+                    f"{ours[0]}; choose a teacher and a student with the same channels."
                 )
             channels = theirs[0] if ours[0] != theirs[0] else None
             if not teacher.takes_any_size:

@@ -34,10 +34,11 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
     """
     import timm
 
+    source = name
     if name in SHIPPED:
-        name, pretrained = f"local-dir:{_FOLDER / name}", True
+        source, pretrained = f"local-dir:{_FOLDER / name}", True
     elif (Path(name) / "config.json").is_file():
-        name, pretrained = f"local-dir:{name}", True
+        source, pretrained = f"local-dir:{name}", True
     elif "/" in name and ":" not in name:
         raise ValueError(f"model folder '{name}' must hold config.json and model.safetensors; check the path.")
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
@@ -47,7 +48,7 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
             f"unknown model '{name}'{hint} `kdvit list models WORD` searches the {len(known)} known names."
         )
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
+        model = timm.create_model(source, pretrained=pretrained, **options)
     except OSError as error:
         raise ValueError(
             f"model '{name}': its published weights could not be downloaded ({type(error).__name__}); connect to the "
@@ -143,3 +144,5 @@ def save_model(
         from safetensors.torch import save_model as save_safetensors
 
         save_safetensors(model, folder / "model.safetensors")
+    # safetensors writes files that only their owner may read; a student is for colleagues, too.
+    (folder / "model.safetensors").chmod(0o644)

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A loader process hands its traceback on; the sentence is the last line of it.
         return _fail(str(error).strip().splitlines()[-1])
     except KeyboardInterrupt:
-        return _fail("stopped; the run folder keeps the last whole epoch, `kdvit distill --resume` goes on from it.", code=130)
+        return _fail("stopped; the run folder keeps the last whole epoch, `kdvit distill --resume` goes on.", code=130)
     return 0
 
 

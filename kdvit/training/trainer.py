@@ -271,8 +271,8 @@ class Trainer:
 
     def _advice(self) -> str:
         return (
-            f"the last whole epoch, if there was one, is kept in '{self.folder.path}'; lower lr, clip the gradient, or use "
-            "mixed_precision='no'."
+            f"the last whole epoch, if there was one, is kept in '{self.folder.path}'; lower lr, clip the gradient, "
+            "or use mixed_precision='no'."
         )
 
     def _log(self, window: _Window, progress: Progress) -> dict[str, float]:
@@ -482,10 +482,8 @@ def transform_for(student: Student) -> TransformSettings:
         )
     facts = {"image_size": height, "num_channels": channels}
     if student.normalisation is not None:
-        mean, std = student.normalisation
-        # A one-channel student that timm made from a three-channel one still states three means.
-        one = channels == 1 and len(mean) == 3
-        facts |= {"mean": (sum(mean) / 3,) if one else mean, "std": (sum(std) / 3,) if one else std}
+        facts |= {name: tuple(values) * (channels // len(values)) for name, values in
+                  zip(("mean", "std"), student.normalisation, strict=True)}  # fmt: skip
     elif channels == 1:
         facts |= {"mean": (0.5,), "std": (0.5,)}
     if height <= 64:

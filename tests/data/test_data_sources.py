@@ -126,9 +126,7 @@ LABEL_KINDS = [
 
 @pytest.mark.parametrize("labels, feature, label_name, classes, ids", LABEL_KINDS)
 @pytest.mark.parametrize("in_memory_mib", [512, -1])
-def test_parquet_columns_and_labels(
-    tmp_path, monkeypatch, labels, feature, label_name, classes, ids, in_memory_mib
-):
+def test_parquet_columns_and_labels(tmp_path, monkeypatch, labels, feature, label_name, classes, ids, in_memory_mib):
     if in_memory_mib < 0:
         monkeypatch.setattr(tables, "IN_MEMORY_MIB", in_memory_mib)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

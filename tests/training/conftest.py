@@ -17,8 +17,6 @@ from kdvit.data import ImageData, open_data
 from kdvit.losses import KD
 from kdvit.training import Result
 
-torch.set_num_threads(1)  # models this small wait for their threads longer than they compute
-
 ARCHITECTURE = "vit_tiny_patch16_224"
 SIZES = {
     "img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2, "num_heads": 2,
