@@ -2,8 +2,8 @@
 
 Command   accelerate launch recipes/fashion_teacher_vit.py --data fashion-mnist:FOLDER
           (FOLDER holds the four idx files, as the Debian package dataset-fashion-mnist has them)
-Then      cp runs/fashion_teacher_vit/student/* kdvit/pretrained/fashion_mnist_vit/
-Log       docs/logs/fashion_teacher_vit.jsonl
+Then      cp runs/fashion_teacher_vit/2/student/* kdvit/pretrained/fashion_mnist_vit/
+Log       docs/logs/fashion_teacher_vit_1.jsonl and _2.jsonl
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class Settings:
         data: `kdvit list data`.
         output: run folder.
         epochs: passes over the images.
-        batch_size: images of one process in one step.
         lr: peak learning rate of AdamW.
+        restart_epochs: passes after a warm restart: a second cosine, from the weights of the first.
+        restart_lr: peak learning rate of the second.
+        batch_size: images of one process in one step.
         weight_decay: of AdamW.
         temperature: of the KD loss.
         kd_weight: weight of the KD loss beside the cross-entropy.
@@ -38,8 +40,10 @@ class Settings:
     data: str = "fashion-mnist"
     output: str = "runs/fashion_teacher_vit"
     epochs: int = 12
-    batch_size: int = 256
     lr: float = 2e-3
+    restart_epochs: int = 8
+    restart_lr: float = 1e-3
+    batch_size: int = 256
     weight_decay: float = 0.05
     temperature: float = 4.0
     kd_weight: float = 1.0
@@ -67,18 +71,19 @@ def main(settings: Settings) -> None:
     student = Student(
         model, mean=FASHION_MNIST_TRANSFORM.mean, std=FASHION_MNIST_TRANSFORM.std, name="fashion_mnist_vit"
     )
-    distiller = Distiller(teacher, student, losses=[(settings.kd_weight, KD(settings.temperature))])
-    training = Training(
-        epochs=1 if settings.smoke else settings.epochs,
-        batch_size=min(settings.batch_size, len(data.train) // 2),
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        clip_norm=1.0,
-        seed=settings.seed,
-    )
-    result = Trainer(
-        distiller, data, training, settings.output, transform=FASHION_MNIST_TRANSFORM, title="vit teacher"
-    ).fit()
+    stages = ((settings.epochs, settings.lr), (settings.restart_epochs, settings.restart_lr))
+    for number, (epochs, lr) in enumerate(stages, start=1):
+        distiller = Distiller(teacher, student, losses=[(settings.kd_weight, KD(settings.temperature))])
+        training = Training(
+            epochs=1 if settings.smoke else epochs,
+            batch_size=min(settings.batch_size, len(data.train) // 2),
+            lr=lr,
+            weight_decay=settings.weight_decay,
+            clip_norm=1.0,
+            seed=settings.seed + number - 1,  # other orders and flips in the second
+        )
+        folder, title = f"{settings.output}/{number}", f"vit teacher {number}"
+        result = Trainer(distiller, data, training, folder, transform=FASHION_MNIST_TRANSFORM, title=title).fit()
     print(f"top-1 {result.top1:.2f} % on {len(data.test)} test images")
 
 

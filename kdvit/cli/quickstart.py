@@ -22,9 +22,9 @@ from kdvit.wrappers import Student, Teacher
 TEACHER = "fashion_mnist_cnn"
 #: timm's default initialisation is made for large models and long runs; moco's learns faster at this size.
 STUDENT = {
-    "img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4, "weight_init": "moco",
+    "img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 3, "weight_init": "moco",
 }  # fmt: skip
-TRAINING = Training(epochs=20, batch_size=128, lr=2e-3, weight_decay=0.05, warmup_epochs=1.0, evaluate_epochs=4)
+TRAINING = Training(epochs=18, batch_size=128, lr=1e-3, weight_decay=0.05, warmup_epochs=1.0, evaluate_epochs=3)
 #: Weights as they are usual for small images: the teacher's word counts more than the label's.
 TASK_WEIGHT, KD_WEIGHT, TEMPERATURE = 0.1, 0.9, 4.0
 
