@@ -92,7 +92,8 @@ def compare(
 def show(rows: Sequence[Row], output: str | Path) -> None:
     """Print the table, and where to go next."""
     console = Console()
-    table = Table("", "top-1 (test)", "parameters", "MACs an image", "training time")
+    table = Table("", "top-1 (test)", "parameters", "MACs", "training")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
