@@ -117,8 +117,11 @@ def test_another_run_cannot_be_resumed(make_trainer, tmp_path, change, sentence)
 
 
 def test_how_a_run_is_watched_may_change(make_trainer, tmp_path):
-    make_trainer(distiller(), folder=tmp_path / "run").fit()
-    make_trainer(distiller(), folder=tmp_path / "run", resume=True, log_steps=7, num_workers=1, evaluate_epochs=9)
+    first = make_trainer(distiller(), folder=tmp_path / "run").fit()
+    again = make_trainer(
+        distiller(), folder=tmp_path / "run", resume=True, log_steps=7, num_workers=1, evaluate_epochs=9
+    )
+    assert again.step == first.num_steps
 
 
 def test_states_that_are_all_damaged_are_refused(make_trainer, tmp_path):
