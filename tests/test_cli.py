@@ -424,3 +424,11 @@ def test_quickstart_compares_alone_and_distilled(tmp_path, monkeypatch):
         assert re.search(rf"{row.name} +│ +{row.top1:.2f} %", text)
     assert f"{rows[2].top1 - rows[1].top1:+.2f} points at equal epochs and seed" in text
     assert timm.create_model(f"local-dir:{tmp_path}/quick/distilled/student", pretrained=True).num_classes == 10
+
+
+def test_quickstart_does_not_repeat_what_an_earlier_call_did(tmp_path):
+    data = open_data("fashion-mnist-sample").subset(256, 32)
+    first, again = (quickstart.compare(tmp_path / "quick", epochs=1, data=data, quiet=True) for _ in range(2))
+    assert first == again  # the seconds, too: nothing was trained
+    with pytest.raises(ValueError, match="Trainer: seed must be 0 as in the run in .*start another run"):
+        quickstart.compare(tmp_path / "quick", seed=1, epochs=1, data=data, quiet=True)

@@ -58,7 +58,7 @@ def compare(
     data: ImageData | None = None,
     quiet: bool = False,
 ) -> list[Row]:
-    """Train the student alone and distilled at equal epochs and seed.
+    """Train the student alone and distilled at equal epochs and seed; what an earlier call did is not done again.
 
     Returns:
         Rows for the teacher, the student trained alone, and the student distilled. Accuracies are those of the last
@@ -78,7 +78,14 @@ def compare(
             distiller = Distiller(teacher, student, [(KD_WEIGHT, KD(TEMPERATURE))], task_weight=TASK_WEIGHT)
         folder = Path(output) / name
         trainer = Trainer(
-            distiller, data, settings, folder, transform=FASHION_MNIST_TRANSFORM, title=f"{name:<9}", quiet=quiet
+            distiller,
+            data,
+            settings,
+            folder,
+            transform=FASHION_MNIST_TRANSFORM,
+            title=f"{name:<9}",
+            resume=True,
+            quiet=quiet,
         )
         result = trainer.fit()
         cost = num_parameters(model), num_macs(model, student.input_size)
