@@ -31,11 +31,6 @@ def human(count: float) -> str:
     return f"{count:.3g}"
 
 
-def memory_mib(model: nn.Module) -> float:
-    """Size of the parameters and buffers in MiB."""
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 2**20
-
-
 def device_name(device: torch.device) -> str:
     """The device in words, for run.json and tables."""
     if device.type == "cuda":

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from kdvit.signals import CALLABLE_SIGNALS, LOCATED_SIGNALS, SIGNALS, Location, ModelInfo, nearest
+from kdvit.signals import LOCATED_SIGNALS, SIGNALS, Location, ModelInfo, nearest
 
 #: Inputs of a loss that are not signals of a model.
 CONTEXT_INPUTS = ("labels", "images", "sample_ids", "progress")
@@ -157,8 +157,3 @@ def needs(loss: Loss, side: str) -> dict[str, Location | Sequence[Location] | No
 def reads_teacher(loss: Loss) -> bool:
     """Whether the loss needs a teacher at all."""
     return any(name.startswith("teacher_") for name in loss.inputs())
-
-
-def is_callable_input(name: str) -> bool:
-    """Whether an input of ``forward`` is a function (a head or a tail), not a tensor."""
-    return name.partition("_")[2] in CALLABLE_SIGNALS
