@@ -17,6 +17,7 @@ signal                         shape                 what exactly
 ``normed_patch_tokens``        (B, N, D)             the same without the prefix
 ``normed_cls_token``           (B, D)                the first prefix token of it
 ``feature_map`` of stage i     (B, D, h, w)          a CNN or hierarchical stage; a ViT's patch tokens on their grid
+``pre_activation`` of stage i  (B, D, h, w)          the same in front of the stage's last ReLU, where it ends in one
 ``pooled``                     (B, D)                what the classifier sees
 ``query``, ``key``, ``value``  (B, H, P+N, d)        what the attention product of block i really uses
 ``attention`` of block i       (B, H, P+N, P+N)      probabilities after the softmax, float32
@@ -54,6 +55,7 @@ LOCATED_SIGNALS = (
     "patch_tokens",
     "cls_token",
     "feature_map",
+    "pre_activation",
     "query",
     "key",
     "value",
@@ -67,11 +69,12 @@ ATTENTION_SIGNALS = ("query", "key", "value", "attention", "cls_attention")
 #: Signals that are functions, not tensors.
 CALLABLE_SIGNALS = ("head", "tail")
 #: Signals of shape (B, channels, h, w).
-MAP_SIGNALS = ("feature_map", "dense_logits", "dense_dist_logits")
+MAP_SIGNALS = ("feature_map", "pre_activation", "dense_logits", "dense_dist_logits")
 #: Signals whose second axis is the class.
 CLASS_SIGNALS = ("logits", "dist_logits", "dense_logits", "dense_dist_logits")
 
 Location = int | float | str
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class SignalInfo:
     location: str
     shape: tuple[int, ...]
     num_prefix_tokens: int = 0
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
     model: str = "model"
 
     @property
@@ -155,7 +158,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-def tokens_to_map(patch_tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def tokens_to_map(patch_tokens: Tensor, grid: Grid) -> Tensor:
     """Lay patch tokens (B, N, D) out on their grid: (B, D, h, w). N must be h * w: no prefix token among them."""
     batch, num_tokens, dim = patch_tokens.shape
     if num_tokens != grid[0] * grid[1]:

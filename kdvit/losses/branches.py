@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdvit.losses.projectors import BatchNorm2d
 from kdvit.signals import SignalInfo, map_to_tokens, tokens_to_map
 
 #: Patch merging stops before a side of the grid falls below this: 14x14 patches become 7x7.
@@ -102,11 +103,11 @@ def _separable(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim, bias=False),
         nn.Conv2d(dim, dim, 1, bias=False),
-        _BatchNorm(dim),
+        BatchNorm2d(dim),
         nn.ReLU(),
         nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
         nn.Conv2d(dim, out_dim, 1, bias=False),
-        _BatchNorm(out_dim),
+        BatchNorm2d(out_dim),
         nn.ReLU(),
     )
 
@@ -128,15 +129,6 @@ class PatchMerging(nn.Module):
 class _Flatten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return map_to_tokens(x)
-
-
-class _BatchNorm(nn.BatchNorm2d):
-    """BatchNorm that uses its running statistics for a single value per channel, where a batch has none."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.shape[1]:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def initialise(module: nn.Module) -> None:

@@ -70,6 +70,23 @@ def several(owner: Loss, name: str, locations: Iterable[Location]) -> tuple[Loca
     return locations
 
 
+def paired(
+    owner: Loss,
+    student_name: str,
+    student: Iterable[Location],
+    teacher_name: str,
+    teacher: Iterable[Location],
+) -> tuple[tuple[Location, ...], tuple[Location, ...]]:
+    """Blocks or stages of both models, as many of each: they are paired in order."""
+    student, teacher = several(owner, student_name, student), several(owner, teacher_name, teacher)
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"{type(owner).__name__}: {teacher_name} must be as many as {student_name}, got {len(teacher)} for "
+            f"{len(student)}; they are paired in order."
+        )
+    return student, teacher
+
+
 def same_classes(
     owner: Loss,
     student: int,
@@ -107,6 +124,37 @@ def logit_pair(
     same_classes(owner, student_logits.shape[1], teacher_logits.shape[1], student_name, teacher_name)
     same_batch(owner, student_name, student_logits, teacher_name, teacher_logits)
     return at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
+
+
+def feature_pair(
+    owner: Loss,
+    student: Tensor,
+    teacher: Tensor,
+    student_name: str = "student_feature_map",
+    teacher_name: str = "teacher_feature_map",
+    axes: str = "B, D, h, w",
+) -> tuple[Tensor, Tensor]:
+    """Features of both models, checked and in float32 at least; the teacher's are detached. Widths may differ."""
+    for name, x in ((student_name, student), (teacher_name, teacher)):
+        if x.ndim != axes.count(",") + 1:
+            raise ValueError(
+                f"{type(owner).__name__}: {name} must have shape ({axes}), got {tuple(x.shape)}; "
+                "give the signal of that name."
+            )
+    same_batch(owner, student_name, student, teacher_name, teacher)
+    return at_least_float32(student), at_least_float32(teacher.detach())
+
+
+def as_many(owner: Loss, locations: Iterable[Location], **inputs: Iterable[Tensor]) -> None:
+    """Refuse a tuple of tensors that has not one for each location."""
+    wanted = len(tuple(locations))
+    for name, values in inputs.items():
+        if not isinstance(values, (tuple, list)) or len(values) != wanted:
+            got = len(values) if isinstance(values, (tuple, list)) else type(values).__name__
+            raise ValueError(
+                f"{type(owner).__name__}: {name} must be a tuple of {wanted} tensors, got {got}; give one for each "
+                "location."
+            )
 
 
 def same_batch(owner: Loss, name: str, x: Tensor, other_name: str, other: Tensor) -> None:

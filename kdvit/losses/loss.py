@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdvit.signals import LOCATED_SIGNALS, SIGNALS, Location, ModelInfo, nearest
@@ -17,19 +18,42 @@ CONTEXT_INPUTS = ("labels", "images", "sample_ids", "progress", "rerun_student")
 #: In front of an input's name: the signal of a second, differently augmented view of the same images.
 SECOND_VIEW = "second_"
 
+#: Sides that an input may name, and whose signals they are: ``teachers_logits`` is one value per teacher.
+SIDES = {"student": "student", "teacher": "teacher", "teachers": "teacher"}
+
 _registry: dict[str, type[Loss]] = {}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What a loss does where student and teacher differ, in a few words each; "" where it plays no part.
+
+    Args:
+        width: D of tokens and maps.
+        heads: H of query, key, value and attention.
+        depth: the number of blocks or stages.
+        grid: the patch grid, or that of the feature maps.
+    """
+
+    width: str = ""
+    heads: str = ""
+    depth: str = ""
+    grid: str = ""
 
 
 class Loss(nn.Module):
     """One distillation method: its inputs are the parameters of its ``forward``.
 
     A parameter is a signal name with ``student_`` or ``teacher_`` in front (``student_logits``), with ``second_``
-    before that for a second augmented view of the images, or one of `CONTEXT_INPUTS`. A parameter that has a default
-    is for direct callers (an injected mask or noise), and not filled by the `kdvit.Distiller` unless `inputs` names it.
+    before that for a second augmented view of the images, or one of `CONTEXT_INPUTS`. ``teachers_logits`` is a tuple
+    with the signal of each of several teachers; `build` is then given a tuple of their infos. A parameter that has a
+    default is for direct callers (an injected mask or noise), and not filled by the `kdvit.Distiller` unless `inputs`
+    names it.
 
     A subclass overrides `forward`; `locations` when it reads at blocks or stages; `build` when it has projectors,
     branches of the student, or needs the geometry of what it reads. Its own parameters are trained with the student
-    and never exported; this holds for modules on the teacher's signals too.
+    and not exported; this holds for modules on the teacher's signals too. What it remembers from step to step (queues,
+    memories) is in buffers that are made in `build`, changed in training mode alone, and equal in all processes.
 
     ``forward`` returns a scalar, or a dict of named scalars that are added up.
 
@@ -40,9 +64,20 @@ class Loss(nn.Module):
       finds, it keeps in buffers. `needs_calibration` says whether training must wait for it.
     * `meta_optimizer` trains meta-parameters (parameters with ``requires_grad=False``, so that no other optimizer
       moves them) by the bilevel steps of `kdvit.bilevel.Bilevel`, every `meta_interval` training steps.
+
+    And two are for what a loss knows beyond a batch, and beyond training:
+
+    * `allocate` is told the number of training images, which ``sample_ids`` count.
+    * ``def predict(self, student_feature_map) -> Tensor`` makes the student's logits (B, C) at inference, from student
+      inputs that ``forward`` reads too: the student is then deployed with this loss's modules, among them a frozen
+      copy of the teacher's classifier (`adopt_head`). See `kdvit.deployment`.
     """
 
     name: ClassVar[str] = ""
+    #: What it does where the models differ.
+    mismatch: ClassVar[Mismatch] = Mismatch()
+    #: Overridden as a method by losses that the student is deployed with.
+    predict: ClassVar[Callable[..., Tensor] | None] = None
     #: Overridden as a method by losses that are fitted before training.
     calibrate: ClassVar[Callable[..., None] | None] = None
     #: Training steps from one bilevel step to the next.
@@ -72,6 +107,13 @@ class Loss(nn.Module):
     def meta_optimizer(self) -> Optimizer | None:
         """A new optimizer over the meta-parameters, or None where there are none."""
         return None
+
+    def allocate(self, num_samples: int) -> None:
+        """Make what has an entry per training image; sample ids are 0 to num_samples - 1."""
+
+    def adopt_head(self, head: nn.Linear) -> None:
+        """Keep the frozen copy of the teacher's classifier, pooled (B, D_t) -> logits (B, C), that `predict` needs."""
+        self.head = head
 
     def extra_forwards(self) -> dict[str, float]:
         """Forward passes of ``student`` and ``teacher`` per training step beyond one each, for the methods page."""
@@ -114,9 +156,9 @@ def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
 def check_input(name: str, owner: str) -> None:
     """Refuse an input that is neither a signal of the student or teacher nor part of the context."""
     side, signal = split_input(name)
-    if name in CONTEXT_INPUTS or (side in ("student", "teacher") and signal in SIGNALS):
+    if name in CONTEXT_INPUTS or (side in SIDES and signal in SIGNALS):
         return
-    known = [f"{s}_{n}" for s in ("student", "teacher") for n in SIGNALS] + list(CONTEXT_INPUTS)
+    known = [f"{s}_{n}" for s in SIDES for n in SIGNALS] + list(CONTEXT_INPUTS)
     raise TypeError(f"{owner}: forward has an unknown input '{name}'{nearest(name, known)} Known: {', '.join(known)}.")
 
 
@@ -143,7 +185,9 @@ def get(name: str) -> type[Loss]:
 
 
 def needs(loss: Loss, side: str) -> dict[str, Location | Sequence[Location] | None]:
-    """What a loss reads of one side: ``{signal: location(s) or None}``; a second view is read where the first is.
+    """What a loss reads of the student, or of a (or each) teacher: ``{signal: location(s) or None}``.
+
+    A second view is read where the first is.
 
     Raises:
         TypeError: an input is unknown, or a located signal has no location (an error of the loss's author).
@@ -154,7 +198,7 @@ def needs(loss: Loss, side: str) -> dict[str, Location | Sequence[Location] | No
     for name in inputs:
         check_input(name, type(loss).__name__)
         input_side, signal = split_input(name)
-        if input_side != side or name in CONTEXT_INPUTS:
+        if name in CONTEXT_INPUTS or SIDES[input_side] != side:
             continue
         first_view = name.removeprefix(SECOND_VIEW)
         if signal in LOCATED_SIGNALS and first_view not in locations:
@@ -179,7 +223,7 @@ def calibration_inputs(loss: Loss) -> tuple[str, ...]:
             raise TypeError(f"{owner}: a loss that needs calibration must have a method calibrate.")
         return ()
     asked = tuple(inspect.signature(loss.calibrate).parameters)
-    known = ("labels", *(name for name in loss.inputs() if name.startswith("teacher_")))
+    known = ("labels", *(name for name in loss.inputs() if split_input(name)[0] == "teacher"))
     for name in asked:
         if name not in known:
             raise TypeError(f"{owner}: calibrate has an unknown input '{name}'; known here: {', '.join(known)}.")
@@ -188,7 +232,12 @@ def calibration_inputs(loss: Loss) -> tuple[str, ...]:
 
 def reads_teacher(loss: Loss) -> bool:
     """Whether the loss needs a teacher at all."""
-    return any(split_input(name)[0] == "teacher" for name in loss.inputs())
+    return any(SIDES.get(split_input(name)[0]) == "teacher" for name in loss.inputs())
+
+
+def reads_teachers(loss: Loss) -> bool:
+    """Whether the loss reads all teachers together."""
+    return any(split_input(name)[0] == "teachers" for name in loss.inputs())
 
 
 def reads_second_view(loss: Loss) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.losses.branches import PooledHead, pooled
-from kdvit.losses.checks import logit_pair, not_built, number, same_batch, same_classes, several
+from kdvit.losses.checks import logit_pair, not_built, number, paired, same_batch, same_classes
 from kdvit.losses.kd import kl_rows
 from kdvit.losses.labels import label_shares
 from kdvit.losses.loss import Loss, register
@@ -97,13 +97,9 @@ class MTKDSSR(Loss):
         self.beta = number(self, "beta", beta, ">= 0", "0 switches the response term off")
         self.gamma = number(self, "gamma", gamma, ">= 0", "0 switches the review off")
         self.temperature = number(self, "temperature", temperature, "> 0", "1.0 leaves the logits as they are")
-        self.student_stages = several(self, "student_stages", student_stages)
-        self.teacher_stages = several(self, "teacher_stages", teacher_stages)
-        if len(self.student_stages) != len(self.teacher_stages):
-            raise ValueError(
-                f"MTKDSSR: teacher_stages must be as many as student_stages, got {len(self.teacher_stages)} for "
-                f"{len(self.student_stages)}; they are paired in order."
-            )
+        self.student_stages, self.teacher_stages = paired(
+            self, "student_stages", student_stages, "teacher_stages", teacher_stages
+        )
         if len(self.student_stages) < 2:
             raise ValueError("MTKDSSR: student_stages must be at least 2, got 1; a single exit has none to review.")
         self.student_exits: nn.ModuleList | None = None

@@ -5,40 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kdvit.losses.checks import choice, count, same_batch, same_grid
 from kdvit.losses.loss import Loss, register
 from kdvit.losses.precision import at_least_float32
+from kdvit.losses.relations import relation_kl, split_heads
 from kdvit.signals import Location, ModelInfo
 
 RELATIONS = ("qk", "vv", "qq", "kk")
 _SIGNALS = {"q": "query", "k": "key", "v": "value"}
-
-
-class _RelationKL(torch.autograd.Function):
-    """mean over B, H and rows of KL(softmax(c d^T) || softmax(a b^T)); a, b the student's, c, d the teacher's.
-
-    The gradient of the scores is (student - teacher) / rows: it is the one attention-sized tensor kept for backward.
-    """
-
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
-            student = (a @ b.transpose(-2, -1)).log_softmax(-1)
-            teacher = (c @ d.transpose(-2, -1)).log_softmax(-1)
-        probabilities = teacher.exp()
-        num_rows = student.numel() // student.shape[-1]
-        loss = teacher.sub_(student).mul_(probabilities).sum() / num_rows
-        ctx.save_for_backward(a, b, student.exp_().sub_(probabilities).div_(num_rows))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        a, b, scores_grad = ctx.saved_tensors
-        with torch.autocast(a.device.type, enabled=False):
-            return grad * (scores_grad @ b), grad * (scores_grad.transpose(-2, -1) @ a), None, None
 
 
 @register("tinymim")
@@ -149,21 +125,18 @@ class TinyMIM(Loss):
             same_batch(self, "student", student[0], "teacher", teacher[0])
             self._check(student[0].shape[1:], teacher[0].shape[1:])
             operands = (*self._operands("student", *student), *self._operands("teacher", *teacher))
-            terms[relation] = _RelationKL.apply(*operands)
+            terms[relation] = relation_kl(*operands)
         return terms
 
     def _operands(self, side: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The two sides of a relation's scores, the first one scaled; (B, H, L, d) each."""
-        x, y = (self._split_heads(at_least_float32(z[:, :, self.num_dropped[side] :])) for z in (x, y))
+        x, y = (self._heads(at_least_float32(z[:, :, self.num_dropped[side] :])) for z in (x, y))
         if side == "teacher":
             x, y = x.detach(), y.detach()
         return x * x.shape[-1] ** -0.5, y
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        if self.num_relation_heads is None:
-            return x
-        # (B, H, L, d) -> (B, L, H * d) -> (B, L, A, H * d / A) -> (B, A, L, H * d / A)
-        return x.transpose(1, 2).flatten(2).unflatten(2, (self.num_relation_heads, -1)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x if self.num_relation_heads is None else split_heads(x, self.num_relation_heads)
 
     def _check(self, student: Sequence[int], teacher: Sequence[int]) -> None:
         """Refuse two shapes (H, L, d) whose relations cannot be compared."""

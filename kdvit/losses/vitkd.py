@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdvit.losses.checks import not_built, number, same_grid, several
+from kdvit.losses.checks import not_built, number, paired, same_grid
 from kdvit.losses.loss import Loss, register
 from kdvit.losses.precision import at_least_float32
 from kdvit.signals import Location, ModelInfo, map_to_tokens, tokens_to_map
@@ -86,13 +86,9 @@ class ViTKD(Loss):
         self.alpha = number(self, "alpha", alpha, ">= 0", "0 switches the mimicking term off")
         self.beta = number(self, "beta", beta, ">= 0", "0 switches the generation term off")
         self.mask_ratio = number(self, "mask_ratio", mask_ratio, "in (0, 1)", "the published value is 0.5")
-        self.student_blocks = several(self, "student_blocks", student_blocks)
-        self.teacher_blocks = several(self, "teacher_blocks", teacher_blocks)
-        if len(self.student_blocks) != len(self.teacher_blocks):
-            raise ValueError(
-                f"ViTKD: teacher_blocks must be as many as student_blocks, got {len(self.teacher_blocks)} for "
-                f"{len(self.student_blocks)}; they are paired in order."
-            )
+        self.student_blocks, self.teacher_blocks = paired(
+            self, "student_blocks", student_blocks, "teacher_blocks", teacher_blocks
+        )
         self.generator: torch.Generator | None = None
         self.generation: nn.Sequential | None = None
 

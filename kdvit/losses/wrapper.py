@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdvit.losses.loss import Loss
+from kdvit.losses.loss import Loss, Mismatch
 from kdvit.signals import Location, ModelInfo
 
 
@@ -30,6 +31,14 @@ class LossWrapper(Loss):
         return f"{type(self).__name__.lower()}_{self.loss.name}"
 
     @property
+    def mismatch(self) -> Mismatch:
+        return self.loss.mismatch
+
+    @property
+    def predict(self) -> Callable[..., Tensor] | None:
+        return self.loss.predict
+
+    @property
     def calibrate(self) -> Callable[..., None] | None:
         return self.loss.calibrate
 
@@ -45,6 +54,12 @@ class LossWrapper(Loss):
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         self.loss.build(student, teacher)
+
+    def allocate(self, num_samples: int) -> None:
+        self.loss.allocate(num_samples)
+
+    def adopt_head(self, head: nn.Linear) -> None:
+        self.loss.adopt_head(head)
 
     def needs_calibration(self) -> bool:
         return self.loss.needs_calibration()

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdvit.signals import ATTENTION_SIGNALS, Location, nearest, tokens_to_map
+from kdvit.signals import ATTENTION_SIGNALS, Grid, Location, nearest, tokens_to_map
 from kdvit.taps.tap import TapPoint
-
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdvit.losses import Loss, make
-from kdvit.losses.loss import CONTEXT_INPUTS, SECOND_VIEW, split_input
+from kdvit.losses.loss import CONTEXT_INPUTS, SECOND_VIEW, reads_teachers, split_input
 from kdvit.schedules import Linear
-from kdvit.signals import MAP_SIGNALS, ModelInfo, Progress, SignalInfo, tokens_to_map
+from kdvit.signals import CALLABLE_SIGNALS, MAP_SIGNALS, ModelInfo, Progress, SignalInfo, tokens_to_map
 from tests.losses.tiny_generator import tiny_generator
 
-NUM_CLASSES, GRID, NUM_PREFIX, NUM_HEADS = 7, (4, 4), 1, 2
+NUM_CLASSES, GRID, NUM_PREFIX, NUM_HEADS, NUM_SAMPLES = 7, (4, 4), 1, 2, 20
 DIMS = {"student": 8, "teacher": 12}
+#: Widths of several teachers.
+TEACHER_DIMS = (12, 10)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Case:
     Args:
         make: makes the loss.
         wrong_shape: what the error says when the teacher's inputs are one class, token or row short; not for losses
-            without a teacher.
+            without a teacher, and not where `any_shape`.
+        any_shape: the teacher's widths and grids are its own affair, also beside those that the loss was built for.
         at_match: value of each term (``""`` for a scalar) where the student equals the teacher; terms that have no
             such value are left out.
         extras: inputs for direct callers that take the chance out, given the batch size.
@@ -42,6 +45,7 @@ class Case:
     wrong_shape: str = ""
     at_match: Mapping[str, float] = field(default_factory=dict)
     extras: Callable[[int], dict[str, Tensor]] = lambda batch: {}
+    any_shape: bool = False
     soft_labels: str = "largest"
     detached: tuple[str, ...] = ()
     stops_gradient: bool = False
@@ -164,29 +168,38 @@ class Example:
 
     inputs: dict[str, Any]
     student: ModelInfo
-    teacher: ModelInfo
+    teacher: ModelInfo | tuple[ModelInfo, ...]
 
 
 def example(loss: Loss, *, batch: int = 3, same: bool = False, dtype: torch.dtype = torch.float32) -> Example:
     """Random inputs for everything the loss reads; with ``same``, the teacher's are the student's."""
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, Any] = {}
-    infos: dict[str, dict] = {"student": {}, "teacher": {}}
+    dims = {"student": (DIMS["student"],), "teacher": (DIMS["teacher"],), "teachers": TEACHER_DIMS}
+    infos: dict[str, list[dict]] = {side: [{} for _ in dims[side]] for side in dims}
     for name in loss.inputs():
         side, signal = split_input(name)
         if name in CONTEXT_INPUTS:
             inputs[name] = _context(name, batch, generator)
             continue
-        if same and side == "teacher" and (twin := _twin(name, inputs)):
-            inputs[name] = inputs[twin]
-        else:
-            locations = loss.locations().get(name.removeprefix(SECOND_VIEW))
+        locations = loss.locations().get(name.removeprefix(SECOND_VIEW))
+        values = []
+        for dim in dims[side]:
+            if same and side != "student" and (twin := _twin(name, inputs)):
+                values.append(inputs[twin])
+                continue
             many = isinstance(locations, (tuple, list))
-            dim = DIMS["student" if same else side]
-            values = tuple(_tensor(signal, batch, dim, generator, dtype) for _ in (locations if many else [0]))
-            inputs[name] = values if many else values[0]
-        infos[side][signal] = _info(signal, inputs[name])
-    return Example(inputs, ModelInfo.of("student", **infos["student"]), ModelInfo.of("teacher", **infos["teacher"]))
+            at = tuple(
+                _signal(signal, batch, DIMS["student"] if same else dim, generator, dtype)
+                for _ in (locations if many else [0])
+            )
+            values.append(at if many else at[0])
+        inputs[name] = tuple(values) if side == "teachers" else values[0]
+        for info, value in zip(infos[side], values, strict=True):
+            info[signal] = _info(signal, value)
+    teachers = tuple(ModelInfo.of("teacher", **info) for info in infos["teachers"])
+    teacher = teachers if reads_teachers(loss) else ModelInfo.of("teacher", **infos["teacher"][0])
+    return Example(inputs, ModelInfo.of("student", **infos["student"][0]), teacher)
 
 
 def built(case: Case, *, same: bool = False, dtype: torch.dtype = torch.float32) -> Loss:
@@ -196,11 +209,15 @@ def built(case: Case, *, same: bool = False, dtype: torch.dtype = torch.float32)
         torch.manual_seed(3)
         sizes = example(loss, same=same)
         loss.build(sizes.student, sizes.teacher)
+        loss.allocate(NUM_SAMPLES)
+        if loss.predict is not None:
+            loss.adopt_head(nn.Linear(DIMS["student" if same else "teacher"], NUM_CLASSES).requires_grad_(False))
     return loss.to(dtype)
 
 
 def _twin(name: str, inputs: dict) -> str | None:
     """The student's input that a teacher's is compared with; a distillation head is compared with ``logits``."""
+    name = name.replace("teachers_", "teacher_")
     swaps = (("teacher_", "student_"), ("teacher_logits", "student_dist_logits"),
              ("teacher_dense_logits", "student_dense_dist_logits"))  # fmt: skip
     twins = [name.replace(old, new) for old, new in swaps]
@@ -230,6 +247,29 @@ def _rerun(images: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _signal(signal: str, batch: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    if signal not in CALLABLE_SIGNALS:
+        return _tensor(signal, batch, dim, generator, dtype)
+    classifier = nn.Linear(dim, NUM_CLASSES).requires_grad_(False)
+    classifier.weight.copy_(torch.randn(NUM_CLASSES, dim, generator=generator))
+    return _Callable(classifier.to(dtype), signal)
+
+
+class _Callable(nn.Module):
+    """A teacher's ``head``, or a ``tail``: tanh, so that it is no linear function, mean over tokens, the head.
+
+    As those of a Teacher, in its own precision.
+    """
+
+    def __init__(self, classifier: nn.Linear, signal: str) -> None:
+        super().__init__()
+        self.classifier, self.pools = classifier, signal == "tail"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.classifier.weight.dtype)
+        return self.classifier(x.tanh().mean(dim=1) if self.pools else x)
+
+
 def _tensor(signal: str, batch: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     num_patches = GRID[0] * GRID[1]
     num_tokens = NUM_PREFIX + num_patches
@@ -238,7 +278,7 @@ def _tensor(signal: str, batch: int, dim: int, generator: torch.Generator, dtype
         "dist_logits": (NUM_CLASSES,),
         "dense_logits": (NUM_CLASSES, *GRID),
         "dense_dist_logits": (NUM_CLASSES, *GRID),
-        "feature_map": (dim, *GRID),
+        **dict.fromkeys(("feature_map", "pre_activation"), (dim, *GRID)),
         "attention": (NUM_HEADS, num_tokens, num_tokens),
         "cls_attention": (NUM_HEADS, num_tokens),
         **dict.fromkeys(("tokens", "normed_tokens"), (num_tokens, dim)),
@@ -253,6 +293,8 @@ def _tensor(signal: str, batch: int, dim: int, generator: torch.Generator, dtype
 def _info(signal: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_info(signal, x) for x in value)
+    if signal in CALLABLE_SIGNALS:
+        return SignalInfo(signal, "given", ())
     on_patches = signal.endswith("tokens") or signal in ("query", "key", "value", "attention", *MAP_SIGNALS)
     has_prefix = on_patches and "patch" not in signal and signal not in MAP_SIGNALS
     geometry = {"grid": GRID, "num_prefix_tokens": NUM_PREFIX if has_prefix else 0} if on_patches else {}
