@@ -35,7 +35,7 @@ def calibrate(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor]]) ->
         return
     found = {name: {wanted: [] for wanted in calibration_inputs(loss)} for name, loss in asking.items()}
     for images, labels in batches:
-        signals = distiller.teacher(images) if distiller.teacher is not None else {}
+        signals = distiller.teacher(images) if distiller.teacher is not None else {}  # no loss of several is calibrated
         for name, values in found.items():
             locations = distiller.needs["teacher"][name]
             for wanted, rows in values.items():

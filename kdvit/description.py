@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdvit.cost import human, num_macs, num_parameters
+from kdvit.losses.loss import SIDES, split_input
 from kdvit.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -21,9 +22,8 @@ def describe(distiller: Distiller, width: int = 120) -> str:
     """Models, losses with what they read and train, bridges, and parameters that no loss reaches."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     models = _table("models", "", "model", "input", "parameters", "MACs", "normalisation")
-    for role, wrapper in (("student", distiller.student), ("teacher", distiller.teacher)):
-        if wrapper is not None:
-            models.add_row(role, *_model_row(wrapper))
+    for role, wrapper in (("student", distiller.student), *(("teacher", teacher) for teacher in distiller.teachers)):
+        models.add_row(role, *_model_row(wrapper))
     console.print(models)
     losses = _table("losses", "loss", "weight", "reads", "at", "shape", "trains")
     if distiller.task_loss is not None:
@@ -32,20 +32,22 @@ def describe(distiller: Distiller, width: int = 120) -> str:
         rows = [
             (f"{side} {request.signal}", info.location, "x".join(map(str, info.shape)) or "function")
             for side in ("student", "teacher")
-            for request, info in distiller.signals[side].items()
+            for signals in distiller.signals[side]
+            for request, info in signals.items()
             if request.signal in distiller.needs[side][name] and _wanted(distiller, side, name, request)
         ]
-        rows += [(extra, "", "") for extra in loss.inputs() if not extra.startswith(("student_", "teacher_"))]
+        rows += [(extra, "", "") for extra in loss.inputs() if split_input(extra)[0] not in SIDES]
         own = sum(parameter.numel() for parameter in loss.parameters())
         for index, row in enumerate(rows):
             first = (name, _weight(distiller, name)) if index == 0 else ("", "")
             losses.add_row(*first, *row, (human(own) if own else "nothing") if index == 0 else "")
         losses.add_section()
     console.print(losses)
-    if distiller.teacher is not None:
-        console.print(f"image bridge, student to teacher: {distiller.teacher.bridge.describe()}")
-        if distiller.teacher.class_map is not None:
-            console.print(f"the teacher's classes, in the student's order: {distiller.teacher.class_map.tolist()}")
+    for teacher in distiller.teachers:
+        name = f" '{teacher.name}'" if len(distiller.teachers) > 1 else ""
+        console.print(f"image bridge, student to teacher{name}: {teacher.bridge.describe()}")
+        if teacher.class_map is not None:
+            console.print(f"the classes of the teacher{name}, in the student's order: {teacher.class_map.tolist()}")
     unreached = distiller.parameters_without_gradient
     reach = f"{len(unreached)} tensors, first {unreached[0]}" if unreached else "none"
     console.print(f"trainable parameters that no loss reaches: {reach}")

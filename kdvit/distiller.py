@@ -13,18 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.bridge import ImageBridge
+from kdvit.deployment import DeployedStudent
+from kdvit.losses.each_teacher import EachTeacher
 from kdvit.losses.factory import make
 from kdvit.losses.loss import (
     SECOND_VIEW,
+    SIDES,
     Loss,
     calibration_inputs,
     needs,
     reads_second_view,
     reads_teacher,
+    reads_teachers,
     split_input,
 )
 from kdvit.losses.precision import at_least_float32
-from kdvit.signals import Progress
+from kdvit.signals import ModelInfo, Progress, SignalInfo
 from kdvit.taps.probing import probe
 from kdvit.taps.reader import Request, model_info, pick, requests_of
 from kdvit.wrappers import Student, Teacher
@@ -57,7 +61,8 @@ class Distiller(nn.Module):
     ``state_dict()``, but moves with ``.to()``.
 
     Args:
-        teacher: a `Teacher`, any nn.Module, or a model name; None where no loss needs one.
+        teacher: a `Teacher`, any nn.Module, or a model name; None where no loss needs one. A list of them: losses of
+            one teacher are then averaged over all (`kdvit.losses.EachTeacher`), those of several read all together.
         student: a `Student`, any nn.Module, or a model name.
         losses: each a `Loss`, a registered name, or a pair (weight, loss). A weight is a number, or a function
             of `kdvit.signals.Progress`.
@@ -87,7 +92,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: Teacher | nn.Module | str | None,
+        teacher: Teacher | nn.Module | str | Sequence[Teacher | nn.Module | str] | None,
         student: Student | nn.Module | str,
         losses: Sequence[Loss | str | tuple[Weight, Loss | str]],
         task_loss: str | TaskLoss | None = "cross_entropy",
@@ -95,12 +100,13 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         student = student if isinstance(student, Student) else Student(student)
-        _refuse_shared(teacher, student)  # before Teacher freezes the weights that it would share
-        if teacher is not None and not isinstance(teacher, Teacher):
-            teacher = Teacher(teacher)
+        teachers = _listed(teacher)
+        for each in teachers:
+            _refuse_shared(each, student)  # before Teacher freezes the weights that it would share
+        teachers = [each if isinstance(each, Teacher) else Teacher(each) for each in teachers]
         self.student = student.own()
-        # Behind nn.Module's back: a teacher is no parameter, no checkpoint entry and nothing for DDP to wrap.
-        object.__setattr__(self, "teacher", teacher.own() if teacher is not None else None)
+        # In a tuple nn.Module does not see them: a teacher is no parameter, no checkpoint entry, nothing for DDP to wrap.
+        self.teachers = tuple(each.own() for each in teachers)
         self.task_loss = _task_loss(task_loss)
         self.weights: dict[str, Weight] = {"task": _checked_weight("task", task_weight)}
         self.losses = nn.ModuleDict()
@@ -116,7 +122,7 @@ class Distiller(nn.Module):
             calibration_inputs(loss)  # refuses what calibrate cannot be given
         #: Which models some loss reads a second view of.
         self.second_sides = {
-            split_input(name)[0]
+            SIDES[split_input(name)[0]]
             for loss in self.losses.values()
             for name in loss.inputs()
             if name.startswith(SECOND_VIEW)
@@ -124,9 +130,12 @@ class Distiller(nn.Module):
         self.needs = {
             side: {name: needs(loss, side) for name, loss in self.losses.items()} for side in ("student", "teacher")
         }
-        self._check_pair()
+        self._check_pairs()
+        #: The model to evaluate and to ship: the plain student, or where a loss predicts, the student with that loss.
+        self._keep_deployable(self.student.model)
         try:
             self._listen()
+            self._deploy()
             self._rehearse()
         except Exception:
             self._deafen()
@@ -144,6 +153,8 @@ class Distiller(nn.Module):
             )
         if any(loss is other for other in self.losses.values()):
             raise ValueError(f"Distiller: losses must be objects of their own, got one {loss!r} twice; make another.")
+        if len(self.teachers) > 1 and reads_teacher(loss) and not reads_teachers(loss):
+            loss = EachTeacher(loss)
         name = base = loss.name or type(loss).__name__.lower()
         count = 1
         while name in self.weights:
@@ -156,54 +167,79 @@ class Distiller(nn.Module):
         if not self.losses and self.task_loss is None:
             raise ValueError("Distiller: there must be something to minimise, got no loss and task_loss=None; add one.")
         readers = [name for name, loss in self.losses.items() if reads_teacher(loss)]
-        if readers and self.teacher is None:
+        if readers and not self.teachers:
             raise ValueError(f"Distiller: loss '{readers[0]}' reads the teacher, got teacher=None; pass a teacher.")
 
-    def _check_pair(self) -> None:
-        student, teacher = self.student, self.teacher
-        if student.input_size is None:
-            student.input_size = teacher.input_size if teacher is not None else None
+    def _check_pairs(self) -> None:
+        student = self.student
+        sizes = (size for size in (student.input_size, *(teacher.input_size for teacher in self.teachers)) if size)
+        student.input_size = next(sizes, None)
         if student.input_size is None:
             raise ValueError(
                 f"Student: the input size of '{student.name}' is not known; "
                 "pass Student(model, input_size=(channels, height, width))."
             )
-        if teacher is not None:
+        for teacher in self.teachers:
             teacher.bridge = ImageBridge.between(student, teacher)
             if teacher.input_size is None or teacher.takes_any_size:
                 channels = teacher.bridge.channels or student.input_size[0]
                 teacher.input_size = (channels, *student.input_size[1:])
 
     def _listen(self) -> None:
-        """Tap both models, then let every loss build its projectors from what they really give."""
+        """Tap all models, then let every loss build its projectors from what they really give."""
         ours = self._requests("student")
         if self.task_loss is not None:
             ours.append(Request("logits"))
         student = self.student.listen(ours)
-        teacher = self.teacher.listen(self._requests("teacher")) if self.teacher is not None else {}
         classes = student.get(Request("logits")) or student.get(Request("dist_logits"))
-        taught = teacher.get(Request("logits"))
-        if classes is not None and taught is not None and classes.dim != taught.dim:
-            raise ValueError(
-                f"Distiller: teacher '{taught.model}' teaches {taught.dim} classes but student '{classes.model}' has "
-                f"{classes.dim}; give them the same classes, or pass Teacher(model, class_map=[...]) with the "
-                "teacher's class for each of the student's."
-            )
         self.num_classes = classes.dim if classes is not None else None
-        self.signals = {"student": student, "teacher": teacher}
+        #: What each model gives: of the student, and of each teacher.
+        self.signals = {"student": [student], "teacher": []}
+        for teacher in self.teachers:
+            signals = teacher.listen(self._requests("teacher"))
+            taught = signals.get(Request("logits"))
+            if classes is not None and taught is not None and classes.dim != taught.dim:
+                raise ValueError(
+                    f"Distiller: teacher '{taught.model}' teaches {taught.dim} classes but student '{classes.model}' "
+                    f"has {classes.dim}; give them the same classes, or pass Teacher(model, class_map=[...]) with the "
+                    "teacher's class for each of the student's."
+                )
+            self.signals["teacher"].append(signals)
         for name, loss in self.losses.items():
-            loss.build(
-                model_info(self.student.name, self.num_classes, self.needs["student"][name], student),
-                model_info(
-                    self.teacher.name if self.teacher is not None else "teacher",
-                    taught.dim if taught is not None else None,
-                    self.needs["teacher"][name],
-                    teacher,
-                ),
-            )
+            loss.build(*self._infos(name))
             # Projectors follow the student: a Distiller may be built from models that are on a device already.
             device = next(self.student.parameters(), torch.zeros(())).device
             loss.to(device)
+
+    def _infos(self, name: str) -> tuple[ModelInfo, ModelInfo | tuple[ModelInfo, ...]]:
+        """What a loss is built for."""
+        (student,), ours = self.signals["student"], self.needs["student"][name]
+        teachers = tuple(
+            model_info(teacher.name, _num_classes(signals), self.needs["teacher"][name], signals)
+            for teacher, signals in zip(self.teachers, self.signals["teacher"], strict=True)
+        )
+        one = teachers[0] if teachers else ModelInfo("teacher")
+        of_all = reads_teachers(self.losses[name])
+        return model_info(self.student.name, self.num_classes, ours, student), teachers if of_all else one
+
+    def _deploy(self) -> None:
+        """Give the loss that the student is deployed with, if there is one, the teacher's classifier."""
+        predicting = [name for name, loss in self.losses.items() if loss.predict is not None]
+        if not predicting:
+            return
+        if len(predicting) > 1 or len(self.teachers) > 1:
+            got = f"{' and '.join(predicting)} with {len(self.teachers)} teacher(s)"
+            raise ValueError(
+                "Distiller: at most one loss may bring the classifier that the student is deployed with, from one "
+                f"teacher, got {got}; drop the others."
+            )
+        loss, wanted = self.losses[predicting[0]], self.needs["student"][predicting[0]]
+        loss.adopt_head(self.teachers[0].classifier().to(next(self.student.parameters()).device))
+        self._keep_deployable(DeployedStudent(self.student, loss, wanted, self._infos(predicting[0])))
+
+    def _keep_deployable(self, model: nn.Module) -> None:
+        # Behind nn.Module's back: all its weights are the student's and the loss's.
+        object.__setattr__(self, "_deployable", model)
 
     def _requests(self, side: str) -> list[Request]:
         return [
@@ -212,6 +248,16 @@ class Distiller(nn.Module):
             for signal, location in wanted.items()
             for request in requests_of(signal, location)
         ]
+
+    def allocate(self, num_samples: int) -> None:
+        """Tell the losses how many training images there are, where a loss keeps something for each (CRD).
+
+        The Trainer does so. Call it before the optimizer is made, and use sample ids from 0 to ``num_samples`` - 1.
+        """
+        device = next(self.student.parameters(), torch.zeros(())).device
+        for loss in self.losses.values():
+            loss.allocate(num_samples)
+            loss.to(device)
 
     def _rehearse(self) -> None:
         """Run every loss once on blank images, so that what does not fit fails now; find what no loss reaches.
@@ -263,9 +309,13 @@ class Distiller(nn.Module):
         return ids
 
     def _deafen(self) -> None:
-        for wrapper in (self.student, self.teacher):
-            if wrapper is not None:
-                wrapper.deafen()
+        for wrapper in (self.student, *self.teachers):
+            wrapper.deafen()
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, the first of several; None where there is none."""
+        return self.teachers[0] if self.teachers else None
 
     @property
     def reads_second_view(self) -> bool:
@@ -290,9 +340,9 @@ class Distiller(nn.Module):
     ) -> DistillerOutput:
         self._check_batch(images, labels)
         self._check_calibrated()
-        taught = self.teacher(images) if self.teacher is not None else {}
+        taught = [teacher(images) for teacher in self.teachers]
         logits, learned = self.student(images)
-        views = [{"student": learned, "teacher": taught}]
+        views = [{"student": [learned], "teacher": taught}]
         if self.reads_second_view:
             views.append(self._second_view(images, second_images))
         context = {"labels": labels, "images": images, "sample_ids": sample_ids, "progress": progress}
@@ -310,7 +360,7 @@ class Distiller(nn.Module):
         losses = {name: value.detach() for name, value in terms.items()}
         return DistillerOutput(total, losses, logits.detach() if logits is not None else None)
 
-    def _second_view(self, images: Tensor, second_images: Tensor | None) -> dict[str, Mapping[Request, Any]]:
+    def _second_view(self, images: Tensor, second_images: Tensor | None) -> dict[str, list[Mapping[Request, Any]]]:
         if second_images is None:
             reader = next(name for name, loss in self.losses.items() if reads_second_view(loss))
             raise ValueError(
@@ -323,12 +373,12 @@ class Distiller(nn.Module):
                 f"{tuple(second_images.shape)}; augment the same images once more."
             )
         return {
-            "student": self.student(second_images)[1] if "student" in self.second_sides else {},
-            "teacher": self.teacher(second_images) if "teacher" in self.second_sides else {},
+            "student": [self.student(second_images)[1]] if "student" in self.second_sides else [],
+            "teacher": [teacher(second_images) for teacher in self.teachers] if "teacher" in self.second_sides else [],
         }
 
     def _inputs(
-        self, name: str, loss: Loss, views: Sequence[Mapping[str, Mapping[Request, Any]]], context: Mapping
+        self, name: str, loss: Loss, views: Sequence[Mapping[str, Sequence[Mapping[Request, Any]]]], context: Mapping
     ) -> dict[str, Any]:
         inputs = {}
         for parameter in loss.inputs():
@@ -338,8 +388,9 @@ class Distiller(nn.Module):
             elif parameter == "rerun_student":
                 inputs[parameter] = lambda images: self._student_inputs(name, images)
             else:
-                view = views[parameter.startswith(SECOND_VIEW)]
-                inputs[parameter] = pick(signal, self.needs[side][name][signal], view[side])
+                view, location = views[parameter.startswith(SECOND_VIEW)], self.needs[SIDES[side]][name][signal]
+                values = tuple(pick(signal, location, signals) for signals in view[SIDES[side]])
+                inputs[parameter] = values if side == "teachers" else values[0]
         return inputs
 
     def _student_inputs(self, name: str, images: Tensor) -> dict[str, Any]:
@@ -415,6 +466,16 @@ class Distiller(nn.Module):
         """The student's weights alone; they load strictly into the plain model."""
         return self.student.model.state_dict()
 
+    @property
+    def deployable(self) -> nn.Module:
+        """The model to evaluate and to ship, images -> logits: the plain student model.
+
+        With a loss that the student is deployed with (`SimKD`, `PromptKD`), a `kdvit.deployment.DeployedStudent`: the
+        student, that loss's projector and a copy of the teacher's classifier, without the teacher. It shares its
+        weights with this Distiller; `kdvit.save_model` saves it whole.
+        """
+        return self._deployable
+
     def no_weight_decay(self) -> set[str]:
         """Names that timm's optimizer factory leaves without weight decay: what the student says, and mask tokens."""
         own = getattr(self.student.model, "no_weight_decay", set)()
@@ -429,9 +490,25 @@ class Distiller(nn.Module):
         return describe(self)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Distiller:
-        if self.teacher is not None:
-            self.teacher._apply(fn, recurse)
+        for teacher in self.teachers:
+            teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _listed(teacher: Teacher | nn.Module | str | Sequence[Teacher | nn.Module | str] | None) -> list:
+    """The teachers as a list."""
+    if teacher is None:
+        return []
+    teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    if not teachers or any(each is other for index, each in enumerate(teachers) for other in teachers[:index]):
+        got = "none" if not teachers else "one of them twice"
+        raise ValueError(f"Distiller: the list of teachers must name different ones, got {got}; name each once.")
+    return teachers
+
+
+def _num_classes(signals: Mapping[Request, SignalInfo]) -> int | None:
+    logits = signals.get(Request("logits"))
+    return logits.dim if logits is not None else None
 
 
 def _task_loss(task_loss: str | TaskLoss | None) -> TaskLoss | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ SHIPPED = {
     "fashion_mnist_vit": "small ViT for 28x28 grey Fashion-MNIST, made by recipes/fashion_teacher_vit.py",
 }
 _FOLDER = Path(__file__).parent / "pretrained"
+#: The entry of config.json of a student that is deployed with its teacher's classifier; see `kdvit.deployment`.
+CONFIG_KEY = "kdvit_deployed_student"
 
 
 def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, **options) -> nn.Module:
@@ -38,6 +42,8 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
     if name in SHIPPED:
         source, pretrained = f"local-dir:{_FOLDER / name}", True
     elif (Path(name) / "config.json").is_file():
+        if CONFIG_KEY in json.loads((Path(name) / "config.json").read_text()):
+            return _deployed(name, checkpoint, options)
         source, pretrained = f"local-dir:{name}", True
     elif "/" in name and ":" not in name:
         raise ValueError(f"model folder '{name}' must hold config.json and model.safetensors; check the path.")
@@ -60,6 +66,18 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
     if checkpoint is not None:
         load_weights(model, checkpoint, name)
     return model
+
+
+def _deployed(name: str, checkpoint: str | Path | None, options: Mapping[str, Any]) -> nn.Module:
+    from kdvit.deployment import load_deployed
+
+    if checkpoint is not None or options:
+        given = ", ".join([*options, *(["checkpoint"] if checkpoint is not None else [])])
+        raise ValueError(
+            f"model folder '{name}' holds a student that is deployed with its teacher's classifier: it must be made as "
+            f"it was saved, got {given}; leave them out."
+        )
+    return load_deployed(name)
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str = "model") -> None:
@@ -123,7 +141,7 @@ def save_model(
 ) -> None:
     """Save a model as timm does: ``model.safetensors`` and ``config.json``.
 
-    ``kdvit.create_model(FOLDER)`` and ``timm.create_model("local-dir:FOLDER", pretrained=True)`` make it again. A
+    ``kdvit.create_model(FOLDER)`` and (but for a student that is deployed with its teacher's classifier) ``timm.create_model("local-dir:FOLDER", pretrained=True)`` make it again. A
     model that timm did not make is saved as its weights alone.
 
     Args:
@@ -134,13 +152,19 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "pretrained_cfg"):
+    from kdvit.deployment import DeployedStudent, deployment_config
+
+    deployed = isinstance(model, DeployedStudent)
+    plain = model.student.model if deployed else model
+    if hasattr(plain, "pretrained_cfg"):
         from timm.models import save_for_hf
 
         data_config = dict(zip(("mean", "std"), normalisation, strict=True)) if normalisation else None
-        model_config = {"label_names": list(class_names)} if class_names else None
-        save_for_hf(model, folder, safe_serialization=True, model_config=model_config, data_config=data_config)
-    else:
+        model_config = {"label_names": list(class_names)} if class_names else {}
+        if deployed:
+            model_config[CONFIG_KEY] = deployment_config(model)
+        save_for_hf(plain, folder, safe_serialization=True, model_config=model_config, data_config=data_config)
+    if deployed or not hasattr(plain, "pretrained_cfg"):
         from safetensors.torch import save_model as save_safetensors
 
         save_safetensors(model, folder / "model.safetensors")

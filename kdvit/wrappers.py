@@ -246,6 +246,23 @@ class Teacher(Wrapper):
         logits = logits_of(self.model(self._prepare(images)), self.name).float()
         return logits if self.class_map is None else logits[:, self.class_map]
 
+    def classifier(self) -> nn.Linear:
+        """A frozen float32 copy of the last layer, pooled (B, D) -> logits (B, C) in the student's classes.
+
+        Raises:
+            ValueError: the model has no linear classifier, or none that is known.
+        """
+        head = family_of(self.model, self.name, **self.geometry).classifier_layer()
+        weight, bias = head.weight.detach().flatten(1), head.bias
+        if self.class_map is not None:
+            weight, bias = weight[self.class_map], bias[self.class_map] if bias is not None else None
+        copied = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+        with torch.no_grad():
+            copied.weight.copy_(weight)
+            if bias is not None:
+                copied.bias.copy_(bias)
+        return copied.requires_grad_(False)
+
     def _prepare(self, images: Tensor) -> Tensor:
         if self.model.training:  # somebody called .train() on the model behind our back
             self.model.eval()
@@ -260,7 +277,8 @@ class Teacher(Wrapper):
 
     def _finish(self, request: Request, value: Any) -> Any:
         if request.signal in CALLABLE_SIGNALS:
-            return lambda x: self._finish(Request("logits"), value(x if self.dtype is None else x.to(self.dtype)))
+            dtype = next((p.dtype for p in self.model.parameters()), None)  # losses compute in float32
+            return lambda x: self._finish(Request("logits"), value(x.to(dtype)).to(x.dtype))
         if request.signal in CLASS_SIGNALS and self.class_map is not None:
             value = value[:, self.class_map]
         return value if self.dtype is None else value.float()

@@ -548,7 +548,7 @@ def test_describe_names_losses_signals_shapes_and_bridges():
     assert "teacher value blocks.1.attn 2x37x12".split() in rows
     assert ["teacher", "vit_tiny_patch16_224", "3x48x48"] in [row[:3] for row in rows]
     assert "image bridge, student to teacher: change of normalisation" in page
-    assert "the teacher's classes, in the student's order: [8, 1, 2, 3, 0]" in page
+    assert "the classes of the teacher, in the student's order: [8, 1, 2, 3, 0]" in page
     assert "trainable parameters that no loss reaches: none" in page
 
 

@@ -36,10 +36,10 @@ def main(argv: Sequence[str]) -> None:
     settings = Training(**given)
     losses = [parse_loss(text) for text in arguments.loss or ["kd"]]
     data = open_data(arguments.data)
-    teacher = _teacher(arguments)
-    student = _student(arguments, len(data.classes), teacher)
+    teachers = _teachers(arguments)
+    student = _student(arguments, len(data.classes), teachers)
     distiller = Distiller(
-        teacher, student, losses, task_loss=None if arguments.no_task_loss else "cross_entropy",
+        teachers or None, student, losses, task_loss=None if arguments.no_task_loss else "cross_entropy",
         task_weight=arguments.task_weight,
     )  # fmt: skip
     trainer = Trainer(distiller, data, settings, arguments.output, resume=arguments.resume, title=student.name)
@@ -49,14 +49,15 @@ def main(argv: Sequence[str]) -> None:
         return
     result = trainer.fit()
     if trainer.shows:
-        _report(result, student)
+        _report(result, student, deployed=distiller.deployable is not student.model)
 
 
 def _parser() -> Parser:
     parser = Parser("kdvit distill", description="Distil a teacher into a student.", epilog=_EXAMPLE)
     add = parser.add_argument_group("what").add_argument
     add("--data", required=True, help="`kdvit list data`: a built-in name, a folder, a parquet file, a hub name")
-    add("--teacher", help="`kdvit list models`: a shipped or timm name, or a folder; none for losses without a teacher")
+    add("--teacher", action="append", metavar="MODEL",
+        help="`kdvit list models`: a shipped or timm name, or a folder; may be repeated; none for losses without a teacher")
     add("--teacher-checkpoint", help="weights of the teacher (safetensors or torch), instead of the published ones")
     add("--teacher-options", default="", help="NAME=VALUE,... for timm.create_model")
     add("--class-map", help="JSON file: a list with the teacher's class for each class of the data")
@@ -75,17 +76,26 @@ def _parser() -> Parser:
     return parser
 
 
-def _teacher(arguments: argparse.Namespace) -> Teacher | None:
-    if arguments.teacher is None:
-        return None
-    model = create_model(
-        arguments.teacher,
-        pretrained=arguments.teacher_checkpoint is None,
-        checkpoint=arguments.teacher_checkpoint,
-        **parse_options(arguments.teacher_options, "--teacher-options"),
-    )
+def _teachers(arguments: argparse.Namespace) -> list[Teacher]:
+    names = arguments.teacher or []
+    if len(names) > 1:
+        for option in ("teacher_checkpoint", "teacher_options", "class_map"):
+            if getattr(arguments, option):
+                raise ValueError(
+                    f"--{option.replace('_', '-')}: there must be one --teacher for it, got {len(names)}; save such a "
+                    "teacher as a folder (kdvit.models.save_model), or write a recipe."
+                )
     class_map = _class_map(arguments.class_map) if arguments.class_map is not None else None
-    return Teacher(model, class_map=class_map, name=arguments.teacher)
+    options = parse_options(arguments.teacher_options, "--teacher-options")
+    checkpoint = arguments.teacher_checkpoint
+    return [
+        Teacher(
+            create_model(name, pretrained=checkpoint is None, checkpoint=checkpoint, **options),
+            class_map=class_map,
+            name=name,
+        )
+        for name in names
+    ]
 
 
 def _class_map(path: str) -> list[int]:
@@ -102,19 +112,22 @@ def _class_map(path: str) -> list[int]:
     return numbers
 
 
-def _student(arguments: argparse.Namespace, num_classes: int, teacher: Teacher | None) -> Student:
+def _student(arguments: argparse.Namespace, num_classes: int, teachers: Sequence[Teacher]) -> Student:
     torch.manual_seed(arguments.seed)
     options = {"num_classes": num_classes, **parse_options(arguments.student_options, "--student-options")}
     model = create_model(arguments.student, pretrained=arguments.student_pretrained, **options)
-    if arguments.student_pretrained or teacher is None or teacher.normalisation is None:
+    if arguments.student_pretrained or not teachers or teachers[0].normalisation is None:
         return Student(model, name=arguments.student)
-    # From scratch any normalisation does, so take the teacher's: nothing to convert in the step.
-    mean, std = teacher.normalisation
+    # From scratch any normalisation does, so take the (first) teacher's: nothing to convert in the step.
+    mean, std = teachers[0].normalisation
     return Student(model, name=arguments.student, mean=mean, std=std)
 
 
-def _report(result: object, student: Student) -> None:
+def _report(result: object, student: Student, deployed: bool) -> None:
     size = human(num_parameters(student.model))
     accuracy = f"{result.top1:.2f} % top-1" if result.top1 is not None else "no classifier to evaluate"
     print(f"{student.name} ({size} parameters): {accuracy}, {result.seconds:.0f} s, saved in {result.folder}/student")
-    print(f'load it:  timm.create_model("local-dir:{result.folder}/student", pretrained=True)')
+    if deployed:  # with a projector and the teacher's classifier, which timm does not know
+        print(f'load it:  kdvit.create_model("{result.folder}/student")')
+    else:
+        print(f'load it:  timm.create_model("local-dir:{result.folder}/student", pretrained=True)')

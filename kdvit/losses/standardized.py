@@ -89,7 +89,10 @@ class Standardized(LossWrapper):
         return self.loss(**self._standardized(given))
 
     def _standardized(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: standardize(x, self.eps) if _are_logits(key) else x for key, x in given.items()}
+        def scored(x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            return tuple(map(scored, x)) if isinstance(x, tuple) else standardize(x, self.eps)  # of several teachers
+
+        return {key: scored(x) if _are_logits(key) else x for key, x in given.items()}
 
 
 def _are_logits(name: str) -> bool:

@@ -71,7 +71,8 @@ class Family:
 
     def input_size(self) -> tuple[int, int, int] | None:
         """(channels, height, width) that the model was made for."""
-        return None
+        size = self._pretrained_cfg().get("input_size")
+        return tuple(size) if size else None
 
     def takes_any_size(self) -> bool | None:
         """Whether other image sizes than `input_size` run."""
@@ -79,13 +80,37 @@ class Family:
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """(mean, std) of the images that the model was trained on."""
-        return None
+        config = self._pretrained_cfg()
+        if config.get("mean") is None or config.get("std") is None:
+            return None
+        return tuple(config["mean"]), tuple(config["std"])
+
+    def _pretrained_cfg(self) -> dict:
+        """What a model states of its images in timm's way."""
+        return getattr(self.model, "pretrained_cfg", None) or {}
 
     def num_blocks(self) -> int | None:
         """How many blocks (or stages) an index can name."""
         return None
 
     # Reading
+
+    def classifier_layer(self) -> nn.Linear | nn.Conv2d:
+        """The last layer: linear, or a 1x1 convolution over a 1x1 map.
+
+        Raises:
+            ValueError: it is neither, or this family does not know it.
+        """
+        raise self.cannot("head", None)
+
+    def linear(self, layer: nn.Module) -> nn.Linear | nn.Conv2d:
+        """The layer, if it is a linear one."""
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+            return layer
+        raise ValueError(
+            f"{self.name}: the classifier must be a linear layer to be deployed with a student, got "
+            f"{type(layer).__name__}; choose another teacher, or a loss that deploys the student alone."
+        )
 
     def source(self, signal: str, location: Location | None, input_size: tuple[int, int, int] | None) -> Source:
         """Where a signal is read.

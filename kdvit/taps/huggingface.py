@@ -82,6 +82,7 @@ class HuggingFaceViT(Family):
             return self._dense_logits(signal, grid)
         if signal.startswith("normed_"):
             return self._tokens(signal.removeprefix("normed_"), self.norm, grid)
+        signal = "feature_map" if signal == "pre_activation" else signal  # no layer ends in a ReLU
         block = self.index(location, self.num_blocks())
         path = f"{self.layers}.{block}"
         if signal == "tail":
@@ -108,6 +109,11 @@ class HuggingFaceViT(Family):
             return Source(self.classifier, (TapPoint(self.classifier, "input"),), lambda call: call[0][0])
         classifier = self.model.get_submodule(self.classifier)
         return Source(self.classifier, (), lambda: classifier)
+
+    def classifier_layer(self) -> nn.Linear | nn.Conv2d:
+        if self.classifier is None:
+            raise self.cannot("head", None)
+        return self.linear(self.model.get_submodule(self.classifier))
 
     def _dense_logits(self, signal: str, grid: Grid) -> Source:
         """The classifier on every normed patch token. DINOv2's takes the class token and a mean: on no single token."""

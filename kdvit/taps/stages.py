@@ -49,7 +49,7 @@ class TimmStages(TimmFacts):
             return self.classifier_source(signal)
         if signal == "dense_logits":
             return self._dense_logits()
-        if signal != "feature_map":
+        if signal not in ("feature_map", "pre_activation"):
             raise self.cannot(signal, location)
         stage = self.stages.index(location) if isinstance(location, str) else location
         stage = self.index(stage, len(self.stages), "stage")
@@ -67,7 +67,27 @@ class TimmStages(TimmFacts):
                 )
             return x
 
-        return Source(path, (TapPoint(path),), to_map)
+        last = self._last_activation(path, input_size) if signal == "pre_activation" else None
+        return Source(path, (TapPoint(path),) if last is None else (TapPoint(last, "copied input"),), to_map)
+
+    def _last_activation(self, stage: str, input_size: tuple[int, int, int] | None) -> str | None:
+        """The path of the ReLU whose output is the stage's own; None where the stage does not end in one."""
+        if isinstance(self.model.get_submodule(stage), nn.ReLU):
+            return stage
+        inside = [(path, m) for path, m in self.model.named_modules() if f"{path}.".startswith(f"{stage}.")]
+        given: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_hook(lambda module, args, out, path=path: given.update({path: out}))
+            for path, module in inside
+            if path == stage or isinstance(module, nn.ReLU)
+        ]
+        try:
+            probe(self.model, self.model, input_size or self.input_size())
+        finally:
+            for handle in handles:
+                handle.remove()
+        own = given.pop(stage, None)
+        return next((path for path, out in given.items() if out is own), None)
 
     def _dense_logits(self) -> Source:
         """The classifier on every position of the map that the model pools, as if the image were that position."""
@@ -112,6 +132,6 @@ class TimmStages(TimmFacts):
     def gives(self) -> Sequence[str]:
         return (
             "logits, dense_logits, pooled, head",
-            f"feature_map of stages 0..{len(self.stages) - 1}",
+            f"feature_map, pre_activation of stages 0..{len(self.stages) - 1}",
             "tokens, patch_tokens, feature_map of a dotted module path",
         )

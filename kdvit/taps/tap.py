@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class TapPoint(NamedTuple):
     """One place to read: a module path and which part of its call.
 
-    ``part`` is ``"output"``, or ``"input"`` for ``(args, kwargs)`` of the call.
+    ``part`` is ``"output"``, ``"input"`` for ``(args, kwargs)`` of the call, or ``"copied input"`` for the first of its
+    arguments, copied before the module can change it in place.
     """
 
     path: str
@@ -81,9 +82,11 @@ class Tap:
         self.caught = caught
 
     def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> None:
+        if self.caught is None:
+            return
         # A forward pre-hook is called with (args, kwargs), a forward hook with (args, output).
-        if self.caught is not None:
-            self.caught.keep(self.point, (args, rest[0]) if self.point.part == "input" else rest[0])
+        value = {"output": rest[0], "input": (args, rest[0])}.get(self.point.part)
+        self.caught.keep(self.point, args[0].clone() if self.point.part == "copied input" else value)
 
     def __deepcopy__(self, memo: dict) -> Tap:
         return Tap(self.point)
@@ -112,7 +115,7 @@ class Taps:
         for point in self.points:
             module = model.get_submodule(point.path)
             tap = Tap(point, self.caught)
-            if point.part == "input":
+            if point.part != "output":
                 self._handles.append(module.register_forward_pre_hook(tap, with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(tap))

@@ -21,12 +21,6 @@ class TimmFacts(Family):
     def takes_any_size(self) -> bool:
         return not self._input_config()["fixed_input_size"]
 
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        config = getattr(self.model, "pretrained_cfg", None) or {}
-        if config.get("mean") is None or config.get("std") is None:
-            return None
-        return tuple(config["mean"]), tuple(config["std"])
-
     def _input_config(self) -> dict:
         from timm.models import get_model_input_config  # timm is loaded already: the model is one of its own
 
@@ -52,6 +46,9 @@ class TimmFacts(Family):
     def class_head_source(self) -> Source:
         """The class token's own logits of a distilled model."""
         return Source("head", (TapPoint("head"),), lambda logits: logits)
+
+    def classifier_layer(self) -> nn.Linear | nn.Conv2d:
+        return self.linear(self.model.get_submodule(self.classifier_path()))
 
     def classifier_path(self) -> str:
         """The dotted path of the last linear layer."""

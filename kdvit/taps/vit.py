@@ -55,6 +55,7 @@ class TimmViT(TimmFacts):
         if signal in ("logits", "dist_logits", "pooled", "head"):
             return self.classifier_source(signal)
         grid = self.grid(input_size)
+        signal = "feature_map" if signal == "pre_activation" else signal  # no block ends in a ReLU
         if signal in ("dense_logits", "dense_dist_logits"):
             return self._dense_logits(signal, grid)
         if signal.startswith("normed_"):

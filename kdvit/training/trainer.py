@@ -30,6 +30,7 @@ from kdvit.training.preparation import make_accelerator, make_optimizer, stronge
 from kdvit.training.run_folder import RunFolder
 from kdvit.training.settings import Training
 from kdvit.training.window import Window
+from kdvit.wrappers import Teacher
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Trainer:
 
         settings, num_processes = self.settings, self.accelerator.num_processes
         self.held_out, train_split = HeldOut.of(self.plain, self.data.train, settings, self.transform, self.accelerator)
+        self.plain.allocate(len(train_split))
         if settings.batch_size * num_processes > len(train_split):
             raise ValueError(
                 f"Training: batch_size must be at most the {len(train_split)} training images over "
@@ -181,19 +183,19 @@ class Trainer:
             return None
         from timm.utils import ModelEmaV3
 
-        return ModelEmaV3(self.plain.student.model, decay=self.settings.ema_decay, use_warmup=True)
+        return ModelEmaV3(self.plain.deployable, decay=self.settings.ema_decay, use_warmup=True)
 
     @property
     def student(self) -> nn.Module:
-        """The plain model that is evaluated and saved: the average of its weights where there is one."""
-        return self.ema.module if self.ema is not None else self.plain.student.model
+        """The model that is evaluated and saved: the average of its weights where there is one."""
+        return self.ema.module if self.ema is not None else self.plain.deployable
 
     # The run
 
     def fit(self) -> Result:
         """Train to the end and return what came out."""
         started = time.perf_counter() - self.seconds
-        teacher = self._evaluate_teacher()
+        teachers = [self._evaluate_teacher(teacher) for teacher in self.plain.teachers]
         self.held_out.calibrate()
         if self.is_main:
             self.folder.drop_metrics_after(self.step)
@@ -202,8 +204,9 @@ class Trainer:
         with display:
             if self.note:
                 display.line(self.note)
-            if teacher is not None:
-                display.line(f"teacher '{self.plain.teacher.name}': {teacher.top1:.2f} % top-1")
+            for teacher, accuracy in zip(self.plain.teachers, teachers, strict=True):
+                if accuracy is not None:
+                    display.line(f"teacher '{teacher.name}': {accuracy.top1:.2f} % top-1")
             while self.step < self.total_steps:
                 self._train_epoch(display)
                 self.epoch += 1
@@ -211,7 +214,7 @@ class Trainer:
                     self.accuracy = self._evaluate_student(display)
                 self.seconds = time.perf_counter() - started
                 self._save_state()
-        return self._finish(teacher)
+        return self._finish(max(filter(None, teachers), key=lambda accuracy: accuracy.top1, default=None))
 
     def _train_epoch(self, display: Display) -> None:
         self.distiller.train()
@@ -243,7 +246,7 @@ class Trainer:
                 continue
             self.step += 1
             if self.ema is not None:
-                self.ema.update(self.plain.student.model, step=self.step)
+                self.ema.update(self.plain.deployable, step=self.step)
             logs = self.step % self.settings.log_steps == 0 or self.step == self.total_steps
             display.step(self._log(window, progress) if logs else None)
             if self.step == self.total_steps:
@@ -332,12 +335,10 @@ class Trainer:
         """Whether accuracy means anything: a feature-only objective leaves the classifier as it was."""
         read = [split_input(name) for loss in self.plain.losses.values() for name in loss.inputs()]
         reads_logits = any(side == "student" and signal in CLASS_SIGNALS for side, signal in read)
-        return self.plain.task_loss is not None or reads_logits
+        brings_one = self.plain.deployable is not self.plain.student.model
+        return self.plain.task_loss is not None or reads_logits or brings_one
 
-    def _evaluate_teacher(self) -> Accuracy | None:
-        teacher = self.plain.teacher
-        if teacher is None:
-            return None
+    def _evaluate_teacher(self, teacher: Teacher) -> Accuracy | None:
         batch = next(iter(self.test_loader))["image"][:1]
         try:
             if teacher.predict(batch).shape[1] != len(self.data.classes):
@@ -409,7 +410,7 @@ class Trainer:
             "trained_images": len(self.train_loader.dataset),
             "second_transform": repr(self.second_transform),
             "student": self.plain.student.name,
-            "teacher": self.plain.teacher.name if self.plain.teacher is not None else None,
+            "teacher": " + ".join(teacher.name for teacher in self.plain.teachers) or None,
             "losses": {name: repr(loss) for name, loss in self.plain.losses.items()},
             "weights": {
                 name: repr(w) if isinstance(w, Schedule) else "function" if callable(w) else w

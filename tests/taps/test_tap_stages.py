@@ -66,7 +66,7 @@ def test_token_signals_are_refused(make_case, request_):
         make_case("convnext").reader(request_)
     assert str(error.value) == (
         f"convnext gives no {signal}{where}: it is a model of stages and gives logits, dense_logits, pooled, head; "
-        "feature_map of stages 0..3; tokens, patch_tokens, feature_map of a dotted module path."
+        "feature_map, pre_activation of stages 0..3; tokens, patch_tokens, feature_map of a dotted module path."
     )
 
 
