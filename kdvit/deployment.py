@@ -40,7 +40,9 @@ class DeployedStudent(nn.Module):
         super().__init__()
         while isinstance(loss, LossWrapper):  # schedules play no part at inference
             loss = loss.loss
-        self.student, self.loss, self.built_for = student, loss, built_for
+        self.student, self.loss = student, loss
+        # As plain values, which can be copied: a ModelInfo cannot.
+        self.built_for = tuple(map(_plain, built_for))
         signals = {name: split_input(name)[1] for name in inspect.signature(loss.predict).parameters}
         self.reads = {name: (signal, wanted[signal]) for name, signal in signals.items()}
 
@@ -66,8 +68,7 @@ def deployment_config(deployed: DeployedStudent) -> dict[str, Any]:
         "loss": loss.name,
         "options": {name: getattr(loss, name) for name in inspect.signature(type(loss)).parameters},
         "input_size": student.input_size,
-        "student": _plain(deployed.built_for[0]),
-        "teacher": _plain(deployed.built_for[1]),
+        "built_for": deployed.built_for,
         "head": {"shape": [loss.head.in_features, loss.head.out_features], "bias": loss.head.bias is not None},
     }
 
@@ -86,7 +87,7 @@ def load_deployed(folder: str | Path) -> DeployedStudent:
     loss = make(config["loss"], **{name: _tuples(value) for name, value in config["options"].items()})
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     student = Student(model, input_size=tuple(config["input_size"]))
-    built_for = _info(config["student"]), _info(config["teacher"])
+    built_for = tuple(map(_info, config["built_for"]))
     loss.build(*built_for)
     loss.adopt_head(nn.Linear(*config["head"]["shape"], bias=config["head"]["bias"]).requires_grad_(False))
     deployed = DeployedStudent(student, loss, needs(loss, "student"), built_for)
@@ -105,7 +106,7 @@ def _plain(info: ModelInfo) -> dict[str, Any]:
         return [entry(one) for one in signal] if isinstance(signal, tuple) else asdict(signal)
 
     signals = {name: entry(signal) for name, signal in info.signals.items()}
-    return {"name": info.name, "num_classes": info.num_classes, "signals": signals}
+    return {"name": info.name, "num_classes": info.num_classes, "signals": signals, "input_size": info.input_size}
 
 
 def _info(plain: Mapping[str, Any]) -> ModelInfo:
@@ -114,7 +115,8 @@ def _info(plain: Mapping[str, Any]) -> ModelInfo:
             return tuple(map(entry, value))
         return SignalInfo(**{name: _tuples(fact) for name, fact in value.items()})
 
-    return ModelInfo(plain["name"], plain["num_classes"], {k: entry(v) for k, v in plain["signals"].items()})
+    signals = {name: entry(value) for name, value in plain["signals"].items()}
+    return ModelInfo(plain["name"], plain["num_classes"], signals, _tuples(plain["input_size"]))
 
 
 def _tuples(value: Any) -> Any:

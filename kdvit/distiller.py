@@ -105,7 +105,7 @@ class Distiller(nn.Module):
             _refuse_shared(each, student)  # before Teacher freezes the weights that it would share
         teachers = [each if isinstance(each, Teacher) else Teacher(each) for each in teachers]
         self.student = student.own()
-        # In a tuple nn.Module does not see them: a teacher is no parameter, no checkpoint entry, nothing for DDP to wrap.
+        # In a tuple nn.Module does not see them: no parameters, no checkpoint entries, nothing for DDP to wrap.
         self.teachers = tuple(each.own() for each in teachers)
         self.task_loss = _task_loss(task_loss)
         self.weights: dict[str, Weight] = {"task": _checked_weight("task", task_weight)}
@@ -215,12 +215,13 @@ class Distiller(nn.Module):
         """What a loss is built for."""
         (student,), ours = self.signals["student"], self.needs["student"][name]
         teachers = tuple(
-            model_info(teacher.name, _num_classes(signals), self.needs["teacher"][name], signals)
+            model_info(teacher.name, _num_classes(signals), self.needs["teacher"][name], signals, teacher.input_size)
             for teacher, signals in zip(self.teachers, self.signals["teacher"], strict=True)
         )
         one = teachers[0] if teachers else ModelInfo("teacher")
         of_all = reads_teachers(self.losses[name])
-        return model_info(self.student.name, self.num_classes, ours, student), teachers if of_all else one
+        info = model_info(self.student.name, self.num_classes, ours, student, self.student.input_size)
+        return info, teachers if of_all else one
 
     def _deploy(self) -> None:
         """Give the loss that the student is deployed with, if there is one, the teacher's classifier."""

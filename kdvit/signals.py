@@ -121,11 +121,18 @@ class ModelInfo:
 
     ``info[signal]`` is the `SignalInfo` of a signal that the loss reads, or a tuple of them where the loss reads
     it at several locations.
+
+    Args:
+        name: of the model, for error sentences.
+        num_classes: C, where the model has a classifier that some loss reads.
+        signals: what the loss reads.
+        input_size: (channels, height, width) of its images, where known.
     """
 
     name: str
     num_classes: int | None = None
     signals: Mapping[str, SignalInfo | tuple[SignalInfo, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    input_size: tuple[int, int, int] | None = None
 
     def __getitem__(self, signal: str) -> SignalInfo | tuple[SignalInfo, ...]:
         if signal not in self.signals:
@@ -133,13 +140,18 @@ class ModelInfo:
         return self.signals[signal]
 
     @classmethod
-    def of(cls, name: str = "model", **signals: SignalInfo | tuple[SignalInfo, ...]) -> ModelInfo:
+    def of(
+        cls,
+        name: str = "model",
+        input_size: tuple[int, int, int] | None = None,
+        **signals: SignalInfo | tuple[SignalInfo, ...],
+    ) -> ModelInfo:
         """Put `SignalInfo` together by hand: ``ModelInfo.of(logits=SignalInfo.of("logits", tensor))``."""
 
         def named(info: SignalInfo | tuple[SignalInfo, ...]) -> SignalInfo | tuple[SignalInfo, ...]:
             return tuple(map(named, info)) if isinstance(info, tuple) else replace(info, model=name)
 
-        return cls(name, None, MappingProxyType({key: named(info) for key, info in signals.items()}))
+        return cls(name, None, MappingProxyType({key: named(info) for key, info in signals.items()}), input_size)
 
 
 @dataclass(frozen=True)

@@ -112,13 +112,18 @@ def test_second_views_of_every_teacher():
     distiller = Distiller(pair, tiny.vit(), [Second()]).eval()
     out = distiller(images, tiny.labels(), second_images=second)
     logits = tiny.vit()(second)
-    expected = torch.stack([(logits - teacher.predict(second)).square().mean() for teacher in distiller.teachers]).mean()
+    expected = torch.stack(
+        [(logits - teacher.predict(second)).square().mean() for teacher in distiller.teachers]
+    ).mean()
     torch.testing.assert_close(out.losses["second"], expected)
 
 
 MADE_TWICE = tiny.vit(7)
 WRONG = {
-    "none": (lambda: Distiller([], tiny.vit(), ["kd"]), "Distiller: the list of teachers must name different ones, got"),
+    "none": (
+        lambda: Distiller([], tiny.vit(), ["kd"]),
+        "Distiller: the list of teachers must name different ones, got",
+    ),
     "twice": (
         lambda: Distiller([MADE_TWICE, MADE_TWICE], tiny.vit(), ["kd"]),
         "Distiller: the list of teachers must name different ones, got one of them twice; name each once.",
@@ -132,7 +137,10 @@ WRONG = {
         lambda: EachTeacher(make("uskd")),
         "EachTeacher: loss must be one of a single teacher that can be repeated, got USKD, which reads no teacher;",
     ),
-    "calibrated": (lambda: Distiller(teachers(), tiny.vit(), ["ptloss"]), "got PTLoss, which is fitted before training"),
+    "calibrated": (
+        lambda: Distiller(teachers(), tiny.vit(), ["ptloss"]),
+        "got PTLoss, which is fitted before training",
+    ),
     "meta": (lambda: Distiller(teachers(), tiny.vit(), ["mkd"]), "got MKD, which has meta-parameters of its own;"),
     "several": (lambda: EachTeacher(Agreement()), "got Agreement, which reads all teachers already;"),
     "classes": (

@@ -56,8 +56,12 @@ def _parser() -> Parser:
     parser = Parser("kdvit distill", description="Distil a teacher into a student.", epilog=_EXAMPLE)
     add = parser.add_argument_group("what").add_argument
     add("--data", required=True, help="`kdvit list data`: a built-in name, a folder, a parquet file, a hub name")
-    add("--teacher", action="append", metavar="MODEL",
-        help="`kdvit list models`: a shipped or timm name, or a folder; may be repeated; none for losses without a teacher")
+    add(
+        "--teacher",
+        action="append",
+        metavar="MODEL",
+        help="`kdvit list models`: a shipped or timm name, or a folder; none for losses without a teacher; repeatable",
+    )
     add("--teacher-checkpoint", help="weights of the teacher (safetensors or torch), instead of the published ones")
     add("--teacher-options", default="", help="NAME=VALUE,... for timm.create_model")
     add("--class-map", help="JSON file: a list with the teacher's class for each class of the data")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdvit.losses.loss import Loss
 from kdvit.losses.precision import at_least_float32
@@ -166,6 +166,25 @@ def same_batch(owner: Loss, name: str, x: Tensor, other_name: str, other: Tensor
         )
 
 
+def built_width(owner: Loss, name: str, x: Tensor, dim: int, axis: int = 1) -> None:
+    """Refuse a signal whose width on ``axis`` is not ``dim``, that of build."""
+    if x.shape[axis] != dim:
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must have D={dim} as in build, got D={x.shape[axis]}; "
+            "build the loss for these models."
+        )
+
+
+def several_positions(owner: Loss, grids: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Refuse pairs of grids that all have a single position in common: such a loss is 0 whatever the student does."""
+    if all(min(s[0], t[0]) * min(s[1], t[1]) == 1 for s, t in grids):
+        got = " and ".join(f"{height}x{width}" for height, width in grids[-1])
+        raise ValueError(
+            f"{type(owner).__name__}: grids must have more than one position in common, got {got}; "
+            "choose earlier stages or larger images."
+        )
+
+
 def same_grid(owner: Loss, student: SignalInfo, teacher: SignalInfo) -> None:
     """Refuse patch tokens whose grid is not known, or differs."""
     for side, info in (("student", student), ("teacher", teacher)):
@@ -188,3 +207,13 @@ def not_built(owner: Loss) -> RuntimeError:
         f"{type(owner).__name__}: build must be called before forward; put the loss into a kdvit.Distiller, "
         "or call build(student_info, teacher_info) yourself."
     )
+
+
+def adopted_head(owner: Loss) -> nn.Linear:
+    """The copy of the teacher's classifier that `Loss.adopt_head` gave, for `Loss.predict`."""
+    if owner.head is None:
+        raise RuntimeError(
+            f"{type(owner).__name__}: adopt_head must be called before predict; put the loss into a kdvit.Distiller, "
+            "or give it the teacher's linear classifier yourself."
+        )
+    return owner.head

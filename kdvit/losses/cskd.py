@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdvit.losses.checks import choice, logit_pair, number, same_batch, same_classes
 from kdvit.losses.kd import kl_rows
-from kdvit.losses.loss import Loss, register
+from kdvit.losses.loss import Loss, Mismatch, register
 from kdvit.losses.precision import at_least_float32
 from kdvit.signals import ModelInfo, Progress
 
@@ -94,6 +94,8 @@ class CSKD(Loss):
         >>> round(loss(teacher_logits=overall, progress=late, **inputs).item(), 4)  # ln 4/3
         0.2877
     """
+
+    mismatch = Mismatch(grid="the finer is average-pooled, axis by axis")
 
     def __init__(self, kind: str = "hard", decay: str = "linear", temperature: float = 1.0, head: str = "dist") -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.losses.checks import not_built
-from kdvit.losses.loss import Loss, register
+from kdvit.losses.loss import Loss, Mismatch, register
 from kdvit.losses.precision import at_least_float32
 from kdvit.signals import Location, ModelInfo
 
@@ -57,6 +57,12 @@ class FitNet(Loss):
         >>> loss(student, teacher).item()  # zeros stay zeros: (0 - 1)^2
         1.0
     """
+
+    mismatch = Mismatch(
+        width="the regressor's convolution",
+        depth="one stage of each",
+        grid="strided, transposed or larger convolution, else refused",
+    )
 
     def __init__(self, student_stage: Location = -1, teacher_stage: Location = -1) -> None:
         super().__init__()

@@ -12,8 +12,9 @@ from kdvit.losses.branches import PooledHead, pooled
 from kdvit.losses.checks import logit_pair, not_built, number, paired, same_batch, same_classes
 from kdvit.losses.kd import kl_rows
 from kdvit.losses.labels import label_shares
-from kdvit.losses.loss import Loss, register
+from kdvit.losses.loss import Loss, Mismatch, register
 from kdvit.losses.precision import at_least_float32
+from kdvit.losses.projectors import linear
 from kdvit.signals import Location, ModelInfo
 
 Maps = tuple[Tensor, ...]
@@ -83,6 +84,8 @@ class MTKDSSR(Loss):
         0.16
     """
 
+    mismatch = Mismatch(width="linear layer where they differ", depth="pairs of stages", grid="any: maps are averaged")
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -114,10 +117,7 @@ class MTKDSSR(Loss):
         self.student_exits = nn.ModuleList(PooledHead(info.dim, num_classes) for info in student_maps[:-1])
         self.teacher_exits = nn.ModuleList(PooledHead(info.dim, num_classes) for info in teacher_maps[:-1])
         # A projection of the mean over positions is the mean of a 1x1 convolution.
-        self.projectors = nn.ModuleList(
-            nn.Identity() if s.dim == t.dim else nn.Linear(s.dim, t.dim)
-            for s, t in zip(student_maps, teacher_maps, strict=True)
-        )
+        self.projectors = nn.ModuleList(linear(s.dim, t.dim) for s, t in zip(student_maps, teacher_maps, strict=True))
 
     def forward(
         self,

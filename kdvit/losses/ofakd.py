@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdvit.losses.branches import Branch
 from kdvit.losses.checks import choice, logit_pair, not_built, number, same_batch, same_classes, several
 from kdvit.losses.labels import hard_labels
-from kdvit.losses.loss import Loss, register
+from kdvit.losses.loss import Loss, Mismatch, register
 from kdvit.losses.precision import at_least_float32
 from kdvit.signals import Location, ModelInfo
 
@@ -84,6 +84,12 @@ class OFAKD(Loss):
         >>> round(terms["logits"].item(), 4)  # ((1/2 + 1)^2 - 1 + (1/2)^2) * ln 2
         1.0397
     """
+
+    mismatch = Mismatch(
+        width="any: branches end in logits",
+        depth="branches at shares of the student's depth",
+        grid="branches for any grid",
+    )
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kdvit.losses.checks import count, logit_pair, number, same_classes
 from kdvit.losses.labels import label_shares
+from kdvit.losses.latch import Latch
 from kdvit.losses.loss import Loss, register
 from kdvit.signals import ModelInfo
 
@@ -175,8 +176,7 @@ class PTLoss(Loss):
         self.max_coefficient = number(self, "max_coefficient", max_coefficient, "> 0", "the usual range is 1 to 10")
         self.coefficients = None
         self.register_buffer("perturbation", None)  # (C, M), as soon as C is known
-        self.register_buffer("calibrated", torch.tensor(False))
-        self._is_calibrated = False  # the same, where asking does not wait for a GPU
+        self.calibrated = Latch()
         if coefficients is not None:
             given = self._checked(coefficients)
             self.calibrate = None
@@ -188,11 +188,11 @@ class PTLoss(Loss):
         same_classes(self, num_classes, teacher["logits"].dim)
         if self.coefficients is None:
             self.perturbation = torch.zeros(num_classes, self.degree)
-            self._set_calibrated(False)  # what was found for another teacher does not count
+            self.calibrated.set(False)  # what was found for another teacher does not count
         self._check_classes(num_classes)
 
     def needs_calibration(self) -> bool:
-        return self.coefficients is None and not self._is_calibrated
+        return self.coefficients is None and not self.calibrated
 
     @torch.no_grad()
     def calibrate(self, teacher_logits: Tensor, labels: Tensor) -> None:
@@ -202,17 +202,9 @@ class PTLoss(Loss):
             raise ValueError("PTLoss: teacher_logits must be finite and not empty; check the calibration images.")
         teacher = (logits.double() / self.temperature).softmax(dim=1).clamp_min(_SMALLEST_SHARE)
         self.perturbation = self._search(teacher, label_shares(self, labels, teacher)).to(
-            self.calibrated.device, torch.float32
+            self.calibrated.is_set.device, torch.float32
         )
-        self._set_calibrated(True)
-
-    def _set_calibrated(self, value: bool) -> None:
-        self.calibrated.fill_(value)
-        self._is_calibrated = value
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._is_calibrated = bool(self.calibrated)
+        self.calibrated.set()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         student, teacher = logit_pair(self, student_logits, teacher_logits)

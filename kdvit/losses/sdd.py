@@ -13,7 +13,7 @@ from kdvit.losses.cskd import dense_pair
 from kdvit.losses.dkd import decoupled_rows
 from kdvit.losses.kd import kl_rows
 from kdvit.losses.labels import hard_labels
-from kdvit.losses.loss import Loss, register
+from kdvit.losses.loss import Loss, Mismatch, register
 from kdvit.losses.nkd import nkd_rows
 from kdvit.signals import ModelInfo
 
@@ -85,6 +85,8 @@ class SDD(Loss):
         >>> round(terms["complementary"].item(), 4)  # two of five, twice: 4/5 * the same
         0.1046
     """
+
+    mismatch = Mismatch(grid="both are average-pooled to the scales")
 
     def __init__(
         self,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kdvit.losses.checks import choice, count, same_batch, same_grid
-from kdvit.losses.loss import Loss, register
-from kdvit.losses.precision import at_least_float32
-from kdvit.losses.relations import relation_kl, split_heads
+from kdvit.losses.checks import count
+from kdvit.losses.loss import Loss, Mismatch, register
+from kdvit.losses.relations import (
+    check_given,
+    check_relations,
+    dropped_prefix,
+    known_relations,
+    relation_inputs,
+    relation_kl,
+    relation_operands,
+)
 from kdvit.signals import Location, ModelInfo
-
-RELATIONS = ("qk", "vv", "qq", "kk")
-_SIGNALS = {"q": "query", "k": "key", "v": "value"}
 
 
 @register("tinymim")
@@ -65,6 +68,13 @@ class TinyMIM(Loss):
         0.3015
     """
 
+    mismatch = Mismatch(
+        width="any: tokens are compared with each other",
+        heads="refused, or re-split by num_relation_heads",
+        depth="one block of each",
+        grid="refused",
+    )
+
     def __init__(
         self,
         student_block: Location = -1,
@@ -75,31 +85,23 @@ class TinyMIM(Loss):
         super().__init__()
         self.student_block = student_block
         self.teacher_block = teacher_block
-        relations = (relations,) if isinstance(relations, str) else tuple(relations)
-        self.relations = tuple(choice(self, "relations", relation, RELATIONS) for relation in relations)
-        if not relations or len(set(relations)) < len(relations):
-            raise ValueError(f"TinyMIM: relations must be one or more different ones, got {relations}; list each once.")
+        self.relations = known_relations(self, relations)
         self.num_relation_heads = num_relation_heads
         if num_relation_heads is not None:
             count(self, "num_relation_heads", num_relation_heads, "None keeps the heads of the models")
         self.num_dropped = {"student": 0, "teacher": 0}  # prefix tokens, set by build
 
     def inputs(self) -> tuple[str, ...]:
-        signals = dict.fromkeys(_SIGNALS[letter] for relation in self.relations for letter in relation)
-        return tuple(f"{side}_{signal}" for side in ("student", "teacher") for signal in signals)
+        return relation_inputs(self.relations)
 
     def locations(self) -> Mapping[str, Location]:
         blocks = {"student": self.student_block, "teacher": self.teacher_block}
         return {name: blocks[name.partition("_")[0]] for name in self.inputs()}
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        self.num_dropped = {"student": 0, "teacher": 0}
-        for signal, s in student.signals.items():
-            t = teacher[signal]
-            if s.num_prefix_tokens != t.num_prefix_tokens:
-                self.num_dropped = {"student": s.num_prefix_tokens, "teacher": t.num_prefix_tokens}
-            same_grid(self, s, t)
-            self._check(s.shape, t.shape)
+        self.num_dropped = dropped_prefix(self, student, teacher)
+        for signal, info in student.signals.items():
+            check_relations(self, info.shape, teacher[signal].shape, self.num_relation_heads, self.num_dropped)
 
     def forward(
         self,
@@ -112,48 +114,15 @@ class TinyMIM(Loss):
         teacher_value: Tensor | None = None,
     ) -> dict[str, Tensor]:
         given = {
-            "student": {"q": student_query, "k": student_key, "v": student_value},
-            "teacher": {"q": teacher_query, "k": teacher_key, "v": teacher_value},
+            "student_query": student_query,
+            "student_key": student_key,
+            "student_value": student_value,
+            "teacher_query": teacher_query,
+            "teacher_key": teacher_key,
+            "teacher_value": teacher_value,
         }
-        for name in self.inputs():
-            side, _, signal = name.partition("_")
-            if given[side][signal[0]] is None:
-                raise TypeError(f"TinyMIM: {name} must be given for relations {self.relations}; pass it by name.")
-        terms = {}
-        for relation in self.relations:
-            student, teacher = ([given[side][letter] for letter in relation] for side in ("student", "teacher"))
-            same_batch(self, "student", student[0], "teacher", teacher[0])
-            self._check(student[0].shape[1:], teacher[0].shape[1:])
-            operands = (*self._operands("student", *student), *self._operands("teacher", *teacher))
-            terms[relation] = relation_kl(*operands)
-        return terms
-
-    def _operands(self, side: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The two sides of a relation's scores, the first one scaled; (B, H, L, d) each."""
-        x, y = (self._heads(at_least_float32(z[:, :, self.num_dropped[side] :])) for z in (x, y))
-        if side == "teacher":
-            x, y = x.detach(), y.detach()
-        return x * x.shape[-1] ** -0.5, y
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x if self.num_relation_heads is None else split_heads(x, self.num_relation_heads)
-
-    def _check(self, student: Sequence[int], teacher: Sequence[int]) -> None:
-        """Refuse two shapes (H, L, d) whose relations cannot be compared."""
-        if self.num_relation_heads is None and student[0] != teacher[0]:
-            raise ValueError(
-                f"TinyMIM: student must have as many heads as the teacher, got {student[0]} and {teacher[0]}; "
-                "pass num_relation_heads to re-split both."
-            )
-        dims = student[0] * student[2], teacher[0] * teacher[2]
-        if self.num_relation_heads is not None and any(dim % self.num_relation_heads for dim in dims):
-            raise ValueError(
-                f"TinyMIM: num_relation_heads must divide both widths {dims[0]} and {dims[1]}, got "
-                f"{self.num_relation_heads}; their greatest common divisor is {math.gcd(*dims)}."
-            )
-        num_tokens = student[1] - self.num_dropped["student"], teacher[1] - self.num_dropped["teacher"]
-        if num_tokens[0] != num_tokens[1]:
-            raise ValueError(
-                f"TinyMIM: student must have as many tokens as the teacher, got {num_tokens[0]} and {num_tokens[1]}; "
-                "choose image and patch sizes that give the same grid, and call build where prefix tokens differ."
-            )
+        check_given(self, given, self.relations)
+        return {
+            relation: relation_kl(*relation_operands(self, relation, given, self.num_relation_heads, self.num_dropped))
+            for relation in self.relations
+        }

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdvit.losses.checks import not_built, number, paired, same_grid
-from kdvit.losses.loss import Loss, register
+from kdvit.losses.loss import Loss, Mismatch, register
+from kdvit.losses.mgd import generation_block
 from kdvit.losses.precision import at_least_float32
+from kdvit.losses.projectors import Projector, linear
 from kdvit.signals import Location, ModelInfo, map_to_tokens, tokens_to_map
 
 Tokens = tuple[Tensor, ...]
@@ -74,6 +76,10 @@ class ViTKD(Loss):
         12.0
     """
 
+    mismatch = Mismatch(
+        width="linear layer where they differ", depth="pairs of blocks, and the last ones", grid="refused"
+    )
+
     def __init__(
         self,
         alpha: float = 3e-5,
@@ -90,7 +96,7 @@ class ViTKD(Loss):
             self, "student_blocks", student_blocks, "teacher_blocks", teacher_blocks
         )
         self.generator: torch.Generator | None = None
-        self.generation: nn.Sequential | None = None
+        self.generation: Projector | None = None
 
     def locations(self) -> Mapping[str, Sequence[Location]]:
         return {"student_patch_tokens": self.student_blocks, "teacher_patch_tokens": self.teacher_blocks}
@@ -101,10 +107,10 @@ class ViTKD(Loss):
         for pair in [*shallow, (deep_student, deep_teacher)]:
             same_grid(self, *pair)
         self.grid, dim = deep_student.grid, deep_teacher.dim
-        self.shallow_projectors = nn.ModuleList(_projector(s.dim, t.dim) for s, t in shallow)
-        self.deep_projector = _projector(deep_student.dim, dim)
+        self.shallow_projectors = nn.ModuleList(linear(s.dim, t.dim) for s, t in shallow)
+        self.deep_projector = linear(deep_student.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.generation = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
+        self.generation = generation_block(dim)
 
     def forward(
         self,
@@ -135,8 +141,7 @@ class ViTKD(Loss):
 
     def _mimic(self, student: Tokens, teacher: Tokens) -> Tensor:
         pairs = zip(self.shallow_projectors, student, teacher, strict=True)
-        # Under a model in half precision the projectors stay float32, as all parameters of losses.
-        return sum(_mean_sse(lin(s.to(self.mask_token.dtype)), t) for lin, s, t in pairs)
+        return sum(_mean_sse(lin(s), t) for lin, s, t in pairs)
 
     def _generate(self, student: Tensor, teacher: Tensor, noise: Tensor | None) -> Tensor:
         batch, num_tokens, _ = student.shape
@@ -145,15 +150,11 @@ class ViTKD(Loss):
             noise = torch.rand(batch, num_tokens, generator=self.generator, device=device).to(student.device)
         num_kept = int(num_tokens * (1 - self.mask_ratio))
         kept, masked = noise.argsort(dim=1).unsqueeze(-1).split([num_kept, num_tokens - num_kept], dim=1)
-        projected = self.deep_projector(_take(student, kept).to(self.mask_token.dtype)).to(self.mask_token.dtype)
+        projected = self.deep_projector(_take(student, kept)).to(self.mask_token.dtype)
         dim = projected.shape[-1]
         tokens = self.mask_token.expand(batch, num_tokens, dim).scatter(1, kept.expand(-1, -1, dim), projected)
         generated = map_to_tokens(self.generation(tokens_to_map(tokens, self.grid)))
         return _mean_sse(_take(generated, masked), _take(teacher, masked)) / self.mask_ratio
-
-
-def _projector(student_dim: int, teacher_dim: int) -> nn.Module:
-    return nn.Identity() if student_dim == teacher_dim else nn.Linear(student_dim, teacher_dim)
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:

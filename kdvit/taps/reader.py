@@ -172,9 +172,11 @@ def model_info(
     num_classes: int | None,
     needs: Mapping[str, Location | Sequence[Location] | None],
     infos: Mapping[Request, SignalInfo],
+    input_size: tuple[int, int, int] | None,
 ) -> ModelInfo:
     """The part of what was read that one loss asked for."""
-    return ModelInfo(name, num_classes, MappingProxyType({s: pick(s, at, infos) for s, at in needs.items()}))
+    signals = MappingProxyType({s: pick(s, at, infos) for s, at in needs.items()})
+    return ModelInfo(name, num_classes, signals, input_size)
 
 
 def requests_of(signal: str, location: Location | Sequence[Location] | None) -> list[Request]:

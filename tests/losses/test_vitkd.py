@@ -10,7 +10,7 @@ from tests.losses.golden import GoldenCase, assert_close, golden
 
 CASES = golden("feature_vitkd")
 #: Names of the official weights (shallow, deep, generation).
-OFFICIAL = {"align2.": "shallow_projectors.", "align.": "deep_projector."}
+OFFICIAL = {"align2.": "shallow_projectors", "align.": "deep_projector"}
 
 
 def info(side: str, dim: int, grid: tuple[int, int] | None, num_blocks: int = 2, deep_grid=None) -> ModelInfo:
@@ -29,7 +29,8 @@ def tokens(num_blocks: int = 2, dim: int = 3, grid: tuple[int, int] = (2, 2), se
 def ours(name: str) -> str:
     for theirs, our in OFFICIAL.items():
         if name.startswith(theirs):
-            return our + name.removeprefix(theirs)
+            layer, _, parameter = name.removeprefix(theirs).rpartition(".")
+            return ".".join(filter(None, (our, layer, "0", parameter)))
     return name
 
 

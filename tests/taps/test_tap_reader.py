@@ -34,7 +34,7 @@ def test_pick_gives_a_tuple_where_several_were_asked_for():
 def test_model_info_holds_what_one_loss_asked_for():
     infos = {Request("tokens", i): SignalInfo("tokens", f"blocks.{i}", (5, 8 + i), 1, (2, 2), "m") for i in range(3)}
     infos[Request("logits")] = SignalInfo("logits", "output", (7,), model="m")
-    info = model_info("m", 7, {"tokens": (2, 0), "logits": None}, infos)
+    info = model_info("m", 7, {"tokens": (2, 0), "logits": None}, infos, None)
     assert isinstance(info, ModelInfo) and info.name == "m" and info.num_classes == 7
     assert [token.dim for token in info["tokens"]] == [10, 8]
     assert info["logits"].dim == 7
