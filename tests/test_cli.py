@@ -265,7 +265,7 @@ def test_a_mistake_is_one_sentence(case, capsys, tmp_path, monkeypatch):
 
 
 DISTILL_MISTAKES = {
-    "loss": (["--loss", "dkdd"], {}, "unknown loss 'dkdd'; did you mean 'dkd'? Known: "),
+    "loss": (["--loss", "dkdd"], {}, "unknown loss 'dkdd'; did you mean 'dkd'? `kdvit list losses` shows all"),
     "option": (["--loss", "dkd:betta=2"], {}, "dkd: unknown option 'betta'; did you mean 'beta'? Known: "),
     "options": (
         ["--loss", "kd:temperature"],

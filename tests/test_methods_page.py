@@ -21,7 +21,7 @@ def test_page_names_every_method_with_all_that_is_asked_of_it():
         entry = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
         checked = r"(Checked against \S+@[0-9a-f]{7}|no official code; from the paper)"
         assert re.search(rf"\nSource: .*https://.*{checked}", entry)
-        facts = r"Extra parameters: [\d,]+\. Extra forwards: .+\. Checked against: .+\."
+        facts = r"Extra parameters: ([\d,]+|two heads like the given ones)\. Extra forwards: .+\. Checked against: .+\."
         assert re.search(rf"\nReads: `\w+`.* {facts}\n", entry)
         assert re.search(r"\nPublished: \S", entry) and "\nInputs:\n\n- " in entry and "published values:\n\n" in entry
         assert re.search(rf"\n\| \[`{name}`\]\(#{name}\) \| ", text)

@@ -102,12 +102,11 @@ NO_LOGITS = (
 )
 PAIRS = "losses must hold Loss objects, registered names or (weight, loss) pairs"
 WRITE = "write losses=[(0.5, kdvit.losses.KD())]."
-KNOWN = ", ".join(losses.names())
 
 CONSTRUCTION: dict[str, Sentence] = {
     # losses and their options
     "unknown loss": (
-        lambda: distil("vitkdd"), ValueError, f"unknown loss 'vitkdd'; did you mean 'vitkd'? Known: {KNOWN}."
+        lambda: distil("vitkdd"), ValueError, f"unknown loss 'vitkdd'; did you mean 'vitkd'? `kdvit list losses` shows all {len(losses.names())}."
     ),
     "unknown loss option": (
         lambda: losses.make("kd", temprature=2.0),

@@ -20,7 +20,7 @@ def make(name: str, *, standardize: bool = False, **options) -> Loss:
         options: constructor arguments of the loss; a number may be one of `kdvit.schedules` (`Scheduled`).
 
     Raises:
-        ValueError: unknown name or option; the sentence has the nearest match and the list.
+        ValueError: unknown name or option; the sentence has the nearest match.
 
     Example:
         >>> make("kd", temperature=4.0)

@@ -177,10 +177,11 @@ def get(name: str) -> type[Loss]:
     """The class registered under a name.
 
     Raises:
-        ValueError: no such name; the sentence has the nearest match and the list.
+        ValueError: no such name; the sentence has the nearest match.
     """
     if name not in _registry:
-        raise ValueError(f"unknown loss '{name}'{nearest(name, _registry) or ';'} Known: {', '.join(names())}.")
+        hint = nearest(name, _registry) or ";"
+        raise ValueError(f"unknown loss '{name}'{hint} `kdvit list losses` shows all {len(_registry)}.")
     return _registry[name]
 
 

@@ -33,8 +33,8 @@ def test_make_gives_the_options():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: make("dkdd"), "unknown loss 'dkdd'; did you mean 'dkd'? Known: "),
-        (lambda: make("zzzzzz"), "unknown loss 'zzzzzz'; Known: "),
+        (lambda: make("dkdd"), "unknown loss 'dkdd'; did you mean 'dkd'? `kdvit list losses` shows all "),
+        (lambda: make("zzzzzz"), "unknown loss 'zzzzzz'; `kdvit list losses` shows all "),
         (lambda: make("kd", temprature=1.0), "kd: unknown option 'temprature'; did you mean 'temperature'? Known: "),
         (lambda: make("tinymim", standardize=True), "Standardized: loss must read logits, got TinyMIM which reads "),
         (lambda: register("KD"), "register: name must be a lower-case identifier, got 'KD'."),
