@@ -22,6 +22,7 @@ _HOMES = {
     "Training": "kdvit.training",
     "calibrate": "kdvit.calibration",
     "create_model": "kdvit.models",
+    "save_model": "kdvit.models",
     "Progress": "kdvit.signals",
 }
 _PACKAGES = ("losses", "data", "training", "models", "schedules", "signals", "generation")

@@ -54,16 +54,25 @@ def check_views_and_held_out(out: str, folder: Path) -> None:
     assert student != 1.0 != teacher  # they start at 1, and only bilevel steps move them
 
 
+def check_teachers_and_deployment(out: str, folder: Path) -> None:
+    for name in ("ca_mkd.logits", "ca_mkd.features", "kd", "simkd"):
+        assert len(numbers(out, name)) == 4 and all(value > 0 for value in numbers(out, name))
+    assert numbers(out, "simkd")[-1] < numbers(out, "simkd")[0]
+    assert "the same logits: True" in out
+    assert {path.name for path in (folder / "student").iterdir()} == {"config.json", "model.safetensors"}
+
+
 CHECKS = {
     "custom_loss": check_custom_loss,
     "hugging_face_teacher": check_hugging_face_teacher,
     "own_loop": check_own_loop,
+    "teachers_and_deployment": check_teachers_and_deployment,
     "views_and_held_out": check_views_and_held_out,
 }
 
 
 def test_every_example_is_collected_and_checked():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     assert [path.stem for path in EXAMPLES] == sorted(CHECKS)
 
 
