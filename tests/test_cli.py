@@ -14,6 +14,7 @@ import timm
 import torch
 from rich.console import Console
 
+import kdvit
 from kdvit.cli import COMMANDS, main, quickstart
 from kdvit.cli.options import parse_loss, parse_options
 from kdvit.data import open_data
@@ -145,6 +146,32 @@ def test_distill_without_a_teacher(distill):
 def test_distill_with_a_second_view_and_held_out_images(distill):
     assert distill("--loss", "0.9*mlld", "--loss", "ptloss", "--loss", "mkd", "--steps", "2") == 0
     assert summary()["losses"].keys() == {"mlld", "ptloss", "mkd"}
+
+
+def test_distill_by_pretraining_and_then_labels(distill):
+    stages = "--loss", "Steps({0: 1, 1: 0})*minilm", "--task-weight", "Steps({0: 0, 1: 1})"
+    assert distill(*stages, "--steps", "2") == 0
+    assert summary()["weights"] == {"task": "Steps(values={0: 0, 1: 1})", "minilm": "Steps(values={0: 1, 1: 0})"}
+
+
+def test_distill_with_several_teachers(distill, capsys):
+    shipped = {"teacher_options": None, "teacher_checkpoint": None, "teacher": "fashion_mnist_vit"}
+    two = "--teacher", "fashion_mnist_cnn", "--loss", "ca_mkd", "--loss", "0.5*kd"
+    assert distill(*two, "--steps", "1", **shipped) == 0
+    out = capsys.readouterr().out
+    assert "teacher 'fashion_mnist_vit': " in out and "teacher 'fashion_mnist_cnn': " in out
+    assert summary()["teacher"] == "fashion_mnist_vit + fashion_mnist_cnn"
+    assert summary()["losses"].keys() == {"ca_mkd", "kd"}
+
+
+def test_distill_a_student_that_is_deployed_with_its_teachers_classifier(distill, capsys):
+    shipped = {"teacher_options": None, "teacher_checkpoint": None, "teacher": "fashion_mnist_cnn"}
+    assert distill("--loss", "simkd", "--no-task-loss", "--steps", "2", **shipped) == 0
+    out = capsys.readouterr().out
+    assert summary()["result"]["top1"] is not None
+    load = re.search(r"^load it:  (.*)$", out, re.MULTILINE)[1]
+    model = eval(load, {"kdvit": kdvit})
+    assert type(model).__name__ == "DeployedStudent" and model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_distill_end_to_end(distill, capsys):
@@ -285,6 +312,17 @@ DISTILL_MISTAKES = {
         "--loss: the weight must be a number or a schedule (WarmUp, Steps, Linear, Cosine), got 'x' in 'x*kd'; try "
         "0.5*kd.",
     ),
+    "task weight": (
+        ["--task-weight", "half"],
+        {},
+        "--task-weight: the weight must be a number or a schedule (WarmUp, Steps, Linear, Cosine), got 'half'; try 0.5.",
+    ),
+    "two teachers, one checkpoint": (
+        ["--teacher", "fashion_mnist_cnn"],
+        {},
+        "--teacher-checkpoint: there must be one --teacher for it, got 2; save such a teacher as a folder",
+    ),
+    "one teacher, two wanted": (["--loss", "ca_mkd"], {}, "CAMKD: teachers must be at least 2, got 1; pass a list of"),
     "schedule": (["--loss", "WarmUp(1, 2, 3)*kd"], {}, "--loss: the weight must be a number or a schedule (WarmUp,"),
     "steps": (["--loss", "Steps({5: 1.0})*kd"], {}, "Steps: values must say what holds from epoch 0, got {5: 1.0};"),
     "warm-up": (["--loss", "WarmUp(8,epochs=0)*kd"], {}, "WarmUp: epochs must be > 0, got 0; for none, use a plain"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from kdvit.cli.options import parse_loss, parse_options
+from kdvit.cli.options import parse_loss, parse_options, parse_weight
 from kdvit.cli.parser import Parser
 from kdvit.cost import human, num_parameters
 from kdvit.data import open_data
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     student = _student(arguments, len(data.classes), teachers)
     distiller = Distiller(
         teachers or None, student, losses, task_loss=None if arguments.no_task_loss else "cross_entropy",
-        task_weight=arguments.task_weight,
+        task_weight=parse_weight(arguments.task_weight),
     )  # fmt: skip
     trainer = Trainer(distiller, data, settings, arguments.output, resume=arguments.resume, title=student.name)
     if trainer.shows:
@@ -70,7 +70,7 @@ def _parser() -> Parser:
     add("--student-pretrained", action="store_true", help="start from published weights, not from random ones")
     add("--loss", action="append", metavar="[WEIGHT*]NAME[:OPTIONS]",
         help="`kdvit list losses`; may be repeated; kd:temperature=2,standardize=True [kd]")  # fmt: skip
-    add("--task-weight", type=float, default=1.0, help="weight of the cross-entropy with the labels [%(default)s]")
+    add("--task-weight", default="1.0", help="weight of the cross-entropy with the labels, or a schedule [%(default)s]")
     add("--no-task-loss", action="store_true", help="learn from the teacher alone")
     add("--output", default="runs/distill", help="run folder [%(default)s]")
     add("--resume", action="store_true", help="go on with the run in the run folder")

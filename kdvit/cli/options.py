@@ -71,21 +71,21 @@ def parse_loss(text: str) -> tuple[float | Schedule, Loss]:
     if match is None:
         raise ValueError(f"--loss must be [WEIGHT*]NAME[:OPTION=VALUE,...], got '{text}'; try 0.5*dkd:beta=2.")
     weight, name, options = match.groups()
-    return _weight(weight or "1.0", text, name), make(name, **parse_options(options or "", f"--loss {name}"))
+    weight = parse_weight(weight or "1.0", "--loss", f" in '{text}'; try 0.5*{name}.")
+    return weight, make(name, **parse_options(options or "", f"--loss {name}"))
 
 
-def _weight(weight: str, text: str, name: str) -> float | Schedule:
+def parse_weight(text: str, option: str = "--task-weight", advice: str = "; try 0.5.") -> float | Schedule:
+    """A number or a schedule: ``0.5``, ``Steps({0: 0, 50: 1})``."""
     try:
-        return float(weight)
+        return float(text)
     except ValueError:
         pass  # it may be a schedule
     try:
-        value = _value(ast.parse(weight.strip(), mode="eval").body)
+        value = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, _NotAnOption):
         value = None
     if not isinstance(value, Schedule):
         known = ", ".join(_SCHEDULES)
-        raise ValueError(
-            f"--loss: the weight must be a number or a schedule ({known}), got '{weight}' in '{text}'; try 0.5*{name}."
-        )
+        raise ValueError(f"{option}: the weight must be a number or a schedule ({known}), got '{text}'{advice}")
     return value
