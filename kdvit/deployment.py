@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from kdvit.losses.factory import make
 from kdvit.losses.loss import Loss, needs, split_input
 from kdvit.losses.wrapper import LossWrapper
-from kdvit.models import CONFIG_KEY
 from kdvit.signals import Location, ModelInfo, SignalInfo
+from kdvit.taps.listener import Listener
 from kdvit.taps.reader import pick, requests_of
-from kdvit.wrappers import Student
+
+#: The entry of config.json that says how to make one again.
+CONFIG_KEY = "kdvit_deployed_student"
 
 
 class DeployedStudent(nn.Module):
@@ -32,7 +34,7 @@ class DeployedStudent(nn.Module):
 
     def __init__(
         self,
-        student: Student,
+        student: Listener,
         loss: Loss,
         wanted: Mapping[str, Location | Sequence[Location] | None],
         built_for: tuple[ModelInfo, ModelInfo],
@@ -47,7 +49,7 @@ class DeployedStudent(nn.Module):
         self.reads = {name: (signal, wanted[signal]) for name, signal in signals.items()}
 
     def forward(self, images: Tensor) -> Tensor:
-        _, signals = self.student(images)
+        _, signals = self.student.read(images)
         return self.loss.predict(**{name: pick(*read, signals) for name, read in self.reads.items()})
 
     @property
@@ -86,7 +88,7 @@ def load_deployed(folder: str | Path) -> DeployedStudent:
     config = json.loads((folder / "config.json").read_text())[CONFIG_KEY]
     loss = make(config["loss"], **{name: _tuples(value) for name, value in config["options"].items()})
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    student = Student(model, input_size=tuple(config["input_size"]))
+    student = Listener(model, "student", input_size=tuple(config["input_size"]))
     built_for = tuple(map(_info, config["built_for"]))
     loss.build(*built_for)
     loss.adopt_head(nn.Linear(*config["head"]["shape"], bias=config["head"]["bias"]).requires_grad_(False))

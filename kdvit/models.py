@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdvit.deployment import CONFIG_KEY, DeployedStudent, deployment_config, load_deployed
 from kdvit.signals import nearest
 
 #: Shipped teachers: name -> what it is. Each is a folder beside this file, in timm's own format.
@@ -19,8 +20,6 @@ SHIPPED = {
     "fashion_mnist_vit": "small ViT for 28x28 grey Fashion-MNIST, made by recipes/fashion_teacher_vit.py",
 }
 _FOLDER = Path(__file__).parent / "pretrained"
-#: The entry of config.json of a student that is deployed with its teacher's classifier; see `kdvit.deployment`.
-CONFIG_KEY = "kdvit_deployed_student"
 
 
 def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, **options) -> nn.Module:
@@ -69,8 +68,6 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | Path 
 
 
 def _deployed(name: str, checkpoint: str | Path | None, options: Mapping[str, Any]) -> nn.Module:
-    from kdvit.deployment import load_deployed
-
     if checkpoint is not None or options:
         given = ", ".join([*options, *(["checkpoint"] if checkpoint is not None else [])])
         raise ValueError(
@@ -141,8 +138,9 @@ def save_model(
 ) -> None:
     """Save a model as timm does: ``model.safetensors`` and ``config.json``.
 
-    ``kdvit.create_model(FOLDER)`` and (but for a student that is deployed with its teacher's classifier) ``timm.create_model("local-dir:FOLDER", pretrained=True)`` make it again. A
-    model that timm did not make is saved as its weights alone.
+    ``kdvit.create_model(FOLDER)`` makes it again, and so does ``timm.create_model("local-dir:FOLDER",
+    pretrained=True)``, but for a student that is deployed with its teacher's classifier. A model that timm did not make
+    is saved as its weights alone.
 
     Args:
         model: the plain model.
@@ -152,8 +150,6 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    from kdvit.deployment import DeployedStudent, deployment_config
-
     deployed = isinstance(model, DeployedStudent)
     plain = model.student.model if deployed else model
     if hasattr(plain, "pretrained_cfg"):

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from kdvit.bridge import ImageBridge
 from kdvit.signals import CALLABLE_SIGNALS, CLASS_SIGNALS, SignalInfo
 from kdvit.taps.family import Grid, logits_of
+from kdvit.taps.listener import Listener
 from kdvit.taps.probing import probe
-from kdvit.taps.reader import Reader, Request, family_of
+from kdvit.taps.reader import Request
 
 Size = tuple[int, int, int]
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-class Wrapper(nn.Module):
+class Wrapper(Listener):
     """What Student and Teacher share. Facts that the model states itself need not be given.
 
     Args:
@@ -47,7 +48,6 @@ class Wrapper(nn.Module):
         grid: Grid | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(model, (nn.Module, str)) or isinstance(model, Wrapper):
             raise TypeError(
                 f"{self.role}: model must be a torch.nn.Module or a model name, got {type(model).__name__}; "
@@ -57,10 +57,10 @@ class Wrapper(nn.Module):
             raise ValueError(
                 f"{self.role}: input_size must be (channels, height, width), got {input_size}; write (3, 224, 224)."
             )
-        self.name = name or (model if isinstance(model, str) else _name_of(model))
-        self.model = self.create(model) if isinstance(model, str) else model
-        self.geometry = {"num_prefix_tokens": num_prefix_tokens, "grid": grid}
-        family = family_of(self.model, self.name, **self.geometry)
+        name = name or (model if isinstance(model, str) else _name_of(model))
+        model = self.create(model) if isinstance(model, str) else model
+        super().__init__(model, name, num_prefix_tokens=num_prefix_tokens, grid=grid)
+        family = self.family()
         self.stated_size = tuple(input_size) if input_size is not None else family.input_size()
         # What a Distiller settles on for this pair, where the model takes several sizes or states none.
         self.input_size = self.stated_size
@@ -69,8 +69,6 @@ class Wrapper(nn.Module):
             self.normalisation = _in_channels(family.normalisation(), self.stated_size)
         else:
             self.normalisation = self._given(mean, std)
-        self._requests: tuple[Request, ...] = ()
-        self._reader: Reader | None = None
 
     def create(self, name: str) -> nn.Module:
         from kdvit.models import create_model
@@ -99,21 +97,11 @@ class Wrapper(nn.Module):
         return other
 
     def listen(self, requests: Sequence[Request]) -> dict[Request, SignalInfo]:
-        """Tap the model for these signals and look at them once, on a blank image.
-
-        Raises:
-            ValueError: the model cannot give one of them, or cannot run on its input size.
-        """
-        self.deafen()
-        self._requests = tuple(requests)
-        self._reader = self._make_reader()
         try:
-            _, signals = probe(self._reader.read, self.model, self.input_size)
+            return super().listen(requests)
         except Exception:
-            self.deafen()
             self._check_runs()  # a model that does not run at all explains itself here
             raise
-        return self._reader.describe(signals)
 
     def _check_runs(self) -> None:
         try:
@@ -125,26 +113,6 @@ class Wrapper(nn.Module):
                 f"{self.role}: '{self.name}' cannot run on {size} images ({reason}); "
                 "pass input_size=(channels, height, width) of the images that it takes."
             ) from error
-
-    def deafen(self) -> None:
-        """Take the taps off; the model is as it was."""
-        if self._reader is not None:
-            self._reader.remove()
-        self._reader, self._requests = None, ()
-
-    def _make_reader(self) -> Reader:
-        family = family_of(self.model, self.name, **self.geometry)
-        return Reader(family, self._requests, self.input_size)
-
-    # A copied model carries inert taps only: a copy of the wrapper listens anew, for itself.
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._requests:
-            self._reader = self._make_reader()
 
 
 class Student(Wrapper):
@@ -160,7 +128,7 @@ class Student(Wrapper):
 
     def forward(self, images: Tensor) -> tuple[Tensor | None, dict[Request, Any]]:
         """(the logits that the model gives at inference, or None where it has none; the signals)."""
-        output, signals = self._reader.read(images) if self._reader is not None else (self.model(images), {})
+        output, signals = self.read(images)
         try:
             return logits_of(output, self.name), signals
         except TypeError:  # a backbone without a classifier trains on feature losses alone
@@ -173,7 +141,8 @@ class Teacher(Wrapper):
     Args:
         model: any nn.Module, or a model name, whose published weights are then loaded.
         class_map: for each class of the student, the teacher's class: a teacher of many classes teaches a subset.
-        dtype: run the teacher in another precision, such as ``torch.bfloat16``; its signals come back in float32.
+        dtype: run the teacher in another precision, such as ``torch.bfloat16``; its signals come back in float32. None:
+            as it is, which for a model that is in half precision throughout is this one.
         input_size: see `Wrapper`; images of another size are resized to it where given, or where the model
             takes no other.
         mean, std, num_prefix_tokens, grid, name: see `Wrapper`.
@@ -183,6 +152,7 @@ class Teacher(Wrapper):
     """
 
     role = "Teacher"
+    stops_early = True
 
     def __init__(
         self,
@@ -204,9 +174,10 @@ class Teacher(Wrapper):
         self.register_buffer("class_map", None if class_map is None else _classes(class_map), persistent=False)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"Teacher: dtype must be a floating point torch.dtype, got {dtype!r}; pass torch.bfloat16.")
-        self.dtype = dtype
         if dtype is not None:
             self.model.to(dtype)
+        given = {p.dtype for p in self.model.parameters()}
+        self.dtype = given.pop() if dtype is None and given in ({torch.float16}, {torch.bfloat16}) else dtype
         self.bridge = ImageBridge()
         self.model.requires_grad_(False)
         self.eval()
@@ -237,7 +208,7 @@ class Teacher(Wrapper):
         """The signals for the student's images, without a graph."""
         if not self._requests:
             return {}
-        _, signals = self._reader.read(self._prepare(images))
+        _, signals = self.read(self._prepare(images))
         return {request: self._finish(request, value) for request, value in signals.items()}
 
     @torch.no_grad()
@@ -252,7 +223,7 @@ class Teacher(Wrapper):
         Raises:
             ValueError: the model has no linear classifier, or none that is known.
         """
-        head = family_of(self.model, self.name, **self.geometry).classifier_layer()
+        head = self.family().classifier_layer()
         weight, bias = head.weight.detach().flatten(1), head.bias
         if self.class_map is not None:
             weight, bias = weight[self.class_map], bias[self.class_map] if bias is not None else None
@@ -282,10 +253,6 @@ class Teacher(Wrapper):
         if request.signal in CLASS_SIGNALS and self.class_map is not None:
             value = value[:, self.class_map]
         return value if self.dtype is None else value.float()
-
-    def _make_reader(self) -> Reader:
-        family = family_of(self.model, self.name, **self.geometry)
-        return Reader(family, self._requests, self.input_size, stop_early=True)
 
 
 def _in_channels(normalisation: Normalisation | None, size: Size | None) -> Normalisation | None:

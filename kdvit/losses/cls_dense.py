@@ -57,7 +57,7 @@ class ClsDense(Loss):
 
     Raises:
         ValueError: a number is out of its range; resize is unknown; inputs differ in B, or from build in D; the grid
-            of the tokens is not known, or is 1x1.
+            of the tokens is not known; that of a model is 1x1.
         TypeError: an argument is of the wrong kind; an input of the teacher is missing.
         RuntimeError: called before build.
 
@@ -136,10 +136,11 @@ class ClsDense(Loss):
         self.queue = TeacherQueue(self.queue_size, self.teacher_dims[0])
 
     def _check_grid(self, student_grid: Grid) -> None:
-        """One patch alone has nothing to be similar to: its term would be 0 whatever the student does."""
-        grid = self.grid
-        if self.resize == "pool":
-            grid = min(grid[0], student_grid[0]), min(grid[1], student_grid[1])
+        """One patch alone has nothing to be similar to: its term would be the same whatever the student does.
+
+        Interpolation makes more patches of it, but they are all alike.
+        """
+        grid = min(self.grid[0], student_grid[0]), min(self.grid[1], student_grid[1])
         if self.local_weight and grid == (1, 1):
             raise ValueError(
                 "ClsDense: grid must have at least 2 patches to compare, got 1x1; choose earlier stages or larger "

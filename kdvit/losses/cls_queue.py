@@ -14,7 +14,7 @@ from kdvit.losses.precision import at_least_float32
 from kdvit.losses.projectors import Projector
 from kdvit.signals import ModelInfo
 
-#: As released: up to so many training images, so long a queue.
+#: As released: fewer than so many training images, so long a queue.
 QUEUE_SIZES = {50: 16, 100: 32, 250: 64, 500: 128, 1000: 256, 2000: 512, 4000: 1024, 10_000: 2048, 20_000: 4096}
 LONGEST_QUEUE = 8192
 
@@ -42,7 +42,7 @@ class TeacherQueue(nn.Module):
     def allocate(self, num_samples: int) -> None:
         """Make the queue as long as the release does for so many training images, unless its size was given."""
         if self.follows_data:
-            size = next((size for limit, size in QUEUE_SIZES.items() if num_samples <= limit), LONGEST_QUEUE)
+            size = next((size for limit, size in QUEUE_SIZES.items() if num_samples < limit), LONGEST_QUEUE)
             self.rows = self.rows.new_zeros(size, self.rows.shape[1])
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class TeacherQueue(nn.Module):
         """The queue with these (B, D) in front, as long as before: (size, D). With ``remember`` it stays so."""
         if remember:
             embeddings = gather_batch(embeddings)
-        rows = torch.cat([embeddings.to(self.rows.dtype), self.rows])[: len(self.rows)]
+        rows = torch.cat([embeddings, self.rows.to(embeddings.dtype)])[: len(self.rows)]
         if remember:
             self.rows.copy_(rows)
         return rows
@@ -89,8 +89,8 @@ class ClsQueue(Loss):
 
     Args:
         temperature: T > 0. 0.07.
-        queue_size: rows of the queue; None: by the number of training images, from 16 (50 images) over 2048 (10000)
-            to 8192, as released.
+        queue_size: rows of the queue; None: by the number of training images, from 16 (below 50 images) over 2048
+            (below 10000) to 8192 (from 20000 on), as released.
         normed_teacher: False: the teacher's pooled features, what its classifier sees, for any model; True: its class
             token after the final norm, as released, where a ViT pools otherwise.
 

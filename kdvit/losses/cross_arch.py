@@ -40,7 +40,7 @@ class CrossArch(Loss):
         beta: weight >= 0 of the group-wise linear features. 1.
         replace_ratio: share in [0, 1) of the numbers that are the teacher's. 0.5.
         neighbourhood: side of the square of positions that share a linear layer. 4: 16 layers for 14x14 patches.
-        dropout: probability in [0, 1) that a channel of the student's map is dropped before the linear layers, in
+        dropout: probability in [0, 1) that a number in the student's map is dropped before the linear layers, in
             training. The paper has it, its value is not known to us.
         student_stage: stage (CNN, hierarchical) or block (ViT) of the student; negative counts from the end; or a
             module path. Last.
@@ -49,7 +49,7 @@ class CrossArch(Loss):
             students with a finer grid.
 
     ``generator`` (attribute, None for torch's global one, which alone torch.compile can trace) draws replacement and
-    dropout; ``forward(..., noise=u)`` with u in [0, 1), of shape (B, 3, H, N, d) or one that broadcasts to it, fixes
+    dropout; ``forward(..., noise=u)`` with u in [0, 1), of shape (B, 3, H, N, d) or with 1 in some places, fixes
     the replacement in query, key and value: where u is below replace_ratio, the numbers are the teacher's.
 
     Inputs:
@@ -63,7 +63,7 @@ class CrossArch(Loss):
 
     Raises:
         ValueError: an option is out of its range or unknown; the teacher has not one query for each patch; the inputs
-            differ in B, or are not those above.
+            differ in B, or are not those above; noise of another shape.
         TypeError: an argument is of the wrong kind.
         RuntimeError: called before build.
 
@@ -170,10 +170,16 @@ class CrossArch(Loss):
         }
 
     def _attention(self, own: list[Tensor], theirs: list[Tensor], noise: Tensor | None) -> Tensor:
+        batch, *rest = own[0].shape
+        shape = (batch, 3, *rest)
         if noise is None:
-            batch, num_heads, num_patches, dim = own[0].shape
-            noise = self._draw((batch, 3, num_heads, num_patches, dim), own[0])
-        replaced = (noise < self.replace_ratio).unbind(dim=1)
+            noise = self._draw(shape, own[0])
+        elif noise.ndim != 5 or any(size not in (1, wanted) for size, wanted in zip(noise.shape, shape)):
+            raise ValueError(
+                f"CrossArch: noise must have shape {shape}, or 1 in some places of it, got {tuple(noise.shape)}; give "
+                "one number for each that may be replaced."
+            )
+        replaced = (noise < self.replace_ratio).expand(-1, 3, -1, -1, -1).unbind(dim=1)
         mixed = [torch.where(at, t, s) for at, t, s in zip(replaced, theirs, own, strict=True)]
         scale = own[0].shape[-1] ** -0.5
         return F.mse_loss(attend(*mixed, scale), attend(*theirs, scale))

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdvit.losses.checks import built_width, choice, count, feature_pair, flag, not_built, number
+from kdvit.losses.checks import (
+    built_width,
+    choice,
+    count,
+    feature_pair,
+    flag,
+    not_built,
+    number,
+    several_positions,
+)
 from kdvit.losses.dense import token_grid
 from kdvit.losses.frozen import Frozen
 from kdvit.losses.gathering import gather_batch
@@ -132,7 +141,7 @@ class DINOHeads(Loss):
     Raises:
         ValueError: a number is out of its range; views, gram_negatives, gram_over or resize is unknown; a head is
             missing, does not take the teacher's width or has no scores; all weights are 0; inputs differ in B, or
-            from build in D; the grid of the teacher is not known.
+            from build in D; the grid of the teacher is not known; pairs within an image where a model's grid is 1x1.
         TypeError: an argument is of the wrong kind; a head is no module; an input is missing.
         RuntimeError: called before build.
 
@@ -251,6 +260,8 @@ class DINOHeads(Loss):
             tokens, dim = teacher["normed_patch_tokens"], student["feature_map"].dim
             self.dims["patch"], self.grid = tokens.dim, token_grid(self, tokens)
             self.norm = nn.LayerNorm(dim)
+            if self.gram_weight and self.gram_over == "image":
+                several_positions(self, [(student["feature_map"].grid, self.grid)])
             if self.patch_weight:
                 heads["patch"] = self._student_head("patch", dim)
         self.heads = nn.ModuleDict(heads)

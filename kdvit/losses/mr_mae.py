@@ -59,7 +59,8 @@ class MRMAE(Loss):
 
     Raises:
         ValueError: a number is out of its range; resize is unknown; the student's grid has a single patch, or the size
-            of its images is not known; the images have other channels; the inputs differ in B, or are not those above.
+            of its images is not known; the images have other channels; the inputs differ in B, or are not those above;
+            noise of another shape.
         TypeError: an argument is of the wrong kind.
         RuntimeError: called before build.
 
@@ -171,6 +172,11 @@ class MRMAE(Loss):
         if noise is None:
             own = device if self.generator is None else self.generator.device
             noise = torch.rand(batch, num_patches, generator=self.generator, device=own).to(device)
+        elif noise.shape != (batch, num_patches):
+            raise ValueError(
+                f"MRMAE: noise must have shape {(batch, num_patches)}, got {tuple(noise.shape)}; give one number "
+                "per patch."
+            )
         num_visible = max(1, int(num_patches * (1 - self.mask_ratio) + 1e-9))
         visible = noise.argsort(dim=1)[:, :num_visible]
         return torch.ones(noise.shape, dtype=torch.bool, device=device).scatter(1, visible, False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdvit.losses.checks import choice, same_batch, same_grid
+from kdvit.losses.first_order import refuse_second_derivative
 from kdvit.losses.loss import Loss
 from kdvit.losses.precision import at_least_float32
 from kdvit.signals import ModelInfo
@@ -156,5 +157,6 @@ class _RelationKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        refuse_second_derivative("Relations between tokens")
         a_grad, b_grad = ctx.saved_tensors
         return grad * a_grad, grad * b_grad, None, None

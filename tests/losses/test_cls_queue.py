@@ -73,9 +73,12 @@ def test_a_batch_longer_than_the_queue_fills_it():
 
 
 @pytest.mark.parametrize(
-    ("images", "size"), [(20, 16), (50, 16), (51, 32), (10_000, 2048), (20_000, 4096), (1_281_167, 8192)], ids=str
+    ("images", "size"),
+    [(20, 16), (49, 16), (50, 32), (9_999, 2048), (10_000, 4096), (19_999, 4096), (20_000, 8192), (1_281_167, 8192)],
+    ids=str,
 )
 def test_the_queue_is_as_long_as_the_data_ask_for(images, size):
+    """As released: a bucket is for data sets smaller than its limit."""
     loss = built(queue_size=None)
     assert len(loss.queue.rows) == 8192
     loss.allocate(images)

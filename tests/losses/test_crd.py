@@ -125,6 +125,14 @@ def test_gradients_in_float64_equal_differences_where_z_is_known():
     assert torch.autograd.gradcheck(function, (student.requires_grad_(), *weights.values()))
 
 
+def test_refuses_a_second_derivative():
+    """Its gradient is found in forward: a second derivative would lack what the scores change."""
+    student, teacher = features()
+    value = built()(student.requires_grad_(), teacher, IDS, negatives=NEGATIVES)["student"]
+    with pytest.raises(RuntimeError, match="CRD: create_graph must be False, got True; take differences of gradients"):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
 def test_z_is_that_of_the_first_training_batch():
     loss = built()
     assert loss.log_z.isinf().all()

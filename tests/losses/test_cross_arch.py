@@ -219,6 +219,13 @@ def test_refuses_what_cannot_work():
         loss(**inputs | {"teacher_feature_map": inputs["teacher_feature_map"][..., :2]})
     with pytest.raises(ValueError, match="CrossArch: teacher_key has B=1 but student_feature_map has B=2; give both"):
         loss(**inputs | {"teacher_key": inputs["teacher_key"][:1]})
+    for u in (noise()[:1], noise()[:, :, :1, :1, :1], noise()[:, :1]):  # 1 wherever it likes
+        loss(**inputs, noise=u)
+    for u in (noise()[0], noise()[:, :2], noise(dim=2)):
+        with pytest.raises(
+            ValueError, match=r"CrossArch: noise must have shape \(2, 3, 2, 6, 3\), or 1 in some places"
+        ):
+            loss(**inputs, noise=u)
 
 
 def test_places_are_where_it_reads():

@@ -405,6 +405,19 @@ def test_refuses_a_teacher_without_a_grid():
         DINOHeads(cls_weight=0, gram_weight=1, patch_weight=0).build(student, ModelInfo.of(normed_patch_tokens=tokens))
 
 
+@pytest.mark.parametrize("grids", [((1, 1), (2, 2)), ((2, 2), (1, 1))], ids=["student", "teacher"])
+def test_refuses_pairs_within_an_image_of_a_single_patch(grids):
+    """A single patch, interpolated or not, is like itself whatever the student does."""
+    with pytest.raises(ValueError, match="DINOHeads: grids must have more than one position in common, got "):
+        built(grids, gram_weight=1.0, gram_over="image")
+    built(grids, gram_over="image")  # without that term
+    loss = built(grids, gram_weight=1.0)  # with pairs of patches of the whole batch
+    given = inputs(loss, grids)
+    student = given["student_feature_map"].requires_grad_()
+    loss(**given)["gram"].backward()
+    assert student.grad.abs().max() > 1e-4
+
+
 def test_must_be_built():
     loss = DINOHeads(*heads(5, 6), views=1)
     with pytest.raises(RuntimeError, match="DINOHeads: build must be called before forward; put the loss into a"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.losses.memory_worker import BOTH, CASES, NUM_BATCHES, train
+from tests.losses.cases import Case, built
+from tests.losses.memory_worker import BOTH, CASES, NUM_BATCHES, batches, train
 from tests.processes import run_two
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -38,3 +39,25 @@ def test_they_are_one_process_with_the_joined_batches(case, ranks):
 def test_a_checkpoint_holds_what_is_remembered(case):
     buffers = train(case, BOTH)["buffers"]
     assert any(name.endswith(("memory", "rows")) and x.abs().sum() > 0 for name, x in buffers.items())
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_memories_may_be_in_half_precision(case, dtype):
+    """Of a Distiller that is cast as a whole."""
+
+    def values(dtype: torch.dtype) -> torch.Tensor:
+        loss = built(Case(CASES[case])).train().to(dtype)
+        terms = []
+        for inputs in batches(loss):
+            given = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+            found = loss(**given)
+            terms += found.values() if isinstance(found, dict) else [found]
+        sum(terms).backward()
+        assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in loss.parameters())
+        assert {x.dtype for name, x in loss.named_buffers() if x.is_floating_point()} == {dtype}
+        return torch.stack(terms).detach()
+
+    found = values(dtype)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, values(torch.float32), rtol=0.1, atol=1e-3)

@@ -228,6 +228,9 @@ def test_refuses_what_cannot_work():
         loss(**inputs | {"teacher_feature_map": inputs["teacher_feature_map"][:, :4]})
     with pytest.raises(ValueError, match="MRMAE: images has B=1 but student_feature_map has B=2; give both the same"):
         loss(**inputs | {"images": inputs["images"][:1]})
+    for u in (noise(1), noise()[:, :5], noise()[0]):
+        with pytest.raises(ValueError, match=r"MRMAE: noise must have shape \(2, 6\), got \(.*\); give one number per"):
+            loss(**inputs, noise=u)
 
 
 def test_stages_are_where_it_reads():

@@ -220,6 +220,20 @@ def test_refuses_other_options(options, error, sentence):
     assert str(caught.value).startswith(sentence)
 
 
+def test_refuses_a_second_derivative():
+    """Its gradient is found in forward: a second derivative would lack what the scores change."""
+    given = signals(num_tokens=5)
+    value = TinyMIM(relations=("vv",))(
+        student_value=given["student_value"].requires_grad_(), teacher_value=given["teacher_value"]
+    )["vv"]
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(value, given["student_value"], create_graph=True)
+    assert str(caught.value) == (
+        "Relations between tokens: create_graph must be False, got True; take differences of gradients, as "
+        "kdvit.bilevel does."
+    )
+
+
 def test_a_missing_input_is_named():
     with pytest.raises(TypeError, match="TinyMIM: teacher_value must be given for relations .'vv',.; pass it by name."):
         TinyMIM(relations=("vv",))(student_value=torch.rand(1, 1, 2, 4))
