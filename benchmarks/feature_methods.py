@@ -21,6 +21,7 @@ import feature_memory
 from response_methods import METHODS as RESPONSE_METHODS
 from small_job import ALONE, CNN, TRAINING, VIT, Job, Method, create_model, main, one
 
+from kdvit.cli.quickstart import STUDENT
 from kdvit.losses import make
 from kdvit.schedules import Steps
 
@@ -107,20 +108,22 @@ METHODS: dict[str, Method] = {
 }
 
 _TEXT = f"""\
-The job of [response methods](response_methods.md): the quickstart's student, a ViT {json.dumps(STUDENT)}, {TRAINING.epochs}
-epochs of 8,000 images (7,200 for mmkd, ft and ofd, which hold a tenth out), batch {TRAINING.batch_size}, AdamW lr
-{TRAINING.lr:g}, weight decay {TRAINING.weight_decay:g}, images flipped at random. Teachers: a ViT of 6 blocks of width 96
-(89.5 %), also 4x4 patches; where it is the method's case, a CNN (92.7 %). Accuracy on the 2,000 test images, last epoch,
-mean and standard deviation over seeds; "minus alone" is the difference to the row `alone`, seed by seed. Rows "..., then
-labels" are methods of pretraining: three epochs of the teacher alone, three of the labels alone, in one run, so they see
-the labels half as often as `alone` does. Time and memory are those of a training step relative to `kd`'s with the ViT
-teacher: the median over rounds timed in turn in one process, and the peak of what torch allocates in the step.
+The job of [response methods](response_methods.md): the quickstart's student, a ViT {json.dumps(STUDENT)},
+{TRAINING.epochs} epochs of 8,000 images (7,200 for mmkd, ft and ofd, which hold a tenth out), batch
+{TRAINING.batch_size}, AdamW lr {TRAINING.lr:g}, weight decay {TRAINING.weight_decay:g}, images flipped at random.
+Teachers: a ViT of 6 blocks of width 96 (89.5 %), also 4x4 patches; where it is the method's case, a CNN (92.7 %).
+Accuracy on the 2,000 test images, last epoch, mean and standard deviation over seeds; "minus alone" is the difference
+to the row `alone`, seed by seed. Rows "..., then labels" are methods of pretraining: three epochs of the teacher alone,
+three of the labels alone, in one run, so they see the labels half as often as `alone` does. Time and memory are those
+of a training step relative to `kd`'s with the ViT teacher: the median over rounds timed in turn in one process, and the
+peak of what torch allocates in the step.
 
 What this can rank: what a method costs; and differences of several points, such as a method whose published weight does
 not fit ten classes, a small grid or six epochs. What it cannot: methods within about two points of each other. The
-standard error of one accuracy on 2,000 images is 0.9 points, three seeds are few, and nothing was tuned: weights are those
-published, mostly for CNNs on CIFAR-100 and hundreds of epochs; where none is known, or where it depends on the number of
-classes, the notes say so. Teacher and student have the same width here, so projectors between widths play no part."""
+standard error of one accuracy on 2,000 images is 0.9 points, three seeds are few, and nothing was tuned: weights are
+those published, mostly for CNNs on CIFAR-100 and hundreds of epochs; where none is known, or where it depends on the
+number of classes, the notes say so. Teacher and student have the same width here, so projectors between widths play no
+part."""
 
 JOB = Job("feature_methods", "Feature methods on one small job", _TEXT, "kd, ViT teacher", METHODS)
 

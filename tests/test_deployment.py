@@ -162,3 +162,26 @@ def test_a_saved_one_takes_no_options(tmp_path):
     save_file(other.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model folder .* must hold the weights of its config.json, and does not"):
         kdvit.create_model(str(tmp_path))
+
+
+def test_describe_says_what_is_deployed_and_counts_what_trains():
+    distiller = Distiller(tiny.cnn(7), tiny.vit(), ["simkd"], task_loss=None)
+    projector, head = distiller.losses["simkd"].projector, distiller.losses["simkd"].head
+    num_own, num_head = (sum(p.numel() for p in module.parameters()) for module in (projector, head))
+    assert (num_own, num_head) == (3328, 165)  # the classifier is a copy, and frozen
+    page = distiller.describe()
+    assert "simkd 1 student feature_map blocks.1 24x4x4 3.33k".split() in [line.split() for line in page.splitlines()]
+    num_all = sum(p.numel() for p in distiller.student.parameters()) + num_own + num_head
+    assert f"deployed: the student with the modules of simkd and the teacher's classifier, {num_all / 1e3:.3g}k" in page
+    assert "deployed" not in Distiller(tiny.cnn(7), tiny.vit(), ["kd"]).describe()
+
+
+@pytest.mark.parametrize("losses", [["kd"], [SimKD(feature="pooled")]], ids=["plain", "deployed"])
+def test_a_compiled_student_is_saved_under_its_own_names(losses, tmp_path):
+    torch.compiler.reset()  # of what other tests compiled
+    student = Student(torch.compile(tiny.vit(), backend="eager"), input_size=(3, 32, 32))
+    distiller = Distiller(tiny.vit(7, embed_dim=32), student, losses)
+    save_model(distiller.deployable, tmp_path)
+    images = tiny.images()
+    torch.testing.assert_close(kdvit.create_model(str(tmp_path)).eval()(images), distiller.deployable.eval()(images))
+    tiny.vit(3).load_state_dict(distiller.student_state_dict())

@@ -106,7 +106,9 @@ WRITE = "write losses=[(0.5, kdvit.losses.KD())]."
 CONSTRUCTION: dict[str, Sentence] = {
     # losses and their options
     "unknown loss": (
-        lambda: distil("vitkdd"), ValueError, f"unknown loss 'vitkdd'; did you mean 'vitkd'? `kdvit list losses` shows all {len(losses.names())}."
+        lambda: distil("vitkdd"),
+        ValueError,
+        f"unknown loss 'vitkdd'; did you mean 'vitkd'? `kdvit list losses` shows all {len(losses.names())}.",
     ),
     "unknown loss option": (
         lambda: losses.make("kd", temprature=2.0),

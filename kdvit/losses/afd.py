@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ class AFD(Loss):
         1.0
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="means over channels are compared; linear layers to attention_dim weigh them",
         depth="each teacher stage chooses among all student stages",
         grid="the student's is pooled to the teacher's",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,7 @@ class CAMKD(Loss):
         0.8
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="1x1 convolution to each teacher's", depth="one stage of each", grid="the larger is average-pooled"
     )
 

@@ -31,7 +31,7 @@ class CFD(Loss):
 
     Args:
         temperature: T > 0; below 1 it sharpens. 0.9.
-        beta: weight >= 0 of the entropies. 0; released code: alpha.
+        beta: weight >= 0 of the entropies. 0; released code: alpha. It says what is read: no schedule changes it.
         gamma: share of the images' own entropy in them, from 0 to 1. 0.75; released code: beta.
         gather: False: mean_i is over this process's batch; True: over the batches of all processes.
 
@@ -67,6 +67,7 @@ class CFD(Loss):
     """
 
     mismatch = Mismatch(width="linear layer where they differ")
+    fixed_options = ("beta",)
 
     def __init__(self, temperature: float = 0.9, beta: float = 0.0, gamma: float = 0.75, gather: bool = False) -> None:
         super().__init__()

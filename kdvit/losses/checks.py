@@ -24,7 +24,7 @@ _RULES: dict[str, Callable[[float], bool]] = {
 
 def number(owner: Loss, name: str, value: float, rule: str, advice: str) -> float:
     """The finite number as a float; ``rule`` is a key of `_RULES` and part of the sentence that refuses it."""
-    if not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{type(owner).__name__}: {name} must be a number {rule}, got {value!r}; {advice}.")
     if not (math.isfinite(value) and _RULES[rule](value)):
         raise ValueError(f"{type(owner).__name__}: {name} must be {rule}, got {value}; {advice}.")
@@ -60,9 +60,10 @@ def choice(owner: Loss, name: str, value: T, known: Iterable[T]) -> T:
 
 def several(owner: Loss, name: str, locations: Iterable[Location]) -> tuple[Location, ...]:
     """Blocks or stages as a tuple; a single one is refused, because a path would be read letter by letter."""
-    if isinstance(locations, (int, str)):
+    if locations is None or isinstance(locations, (int, float, str)):
+        one = -1 if locations is None else locations
         raise TypeError(
-            f"{type(owner).__name__}: {name} must be a sequence, got {locations!r}; write ({locations!r},) for one."
+            f"{type(owner).__name__}: {name} must be a sequence, got {locations!r}; write ({one!r},) for one."
         )
     locations = tuple(locations)
     if not locations:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ class CrossKD(Loss):
     over all positions of this process's batch (as a BatchNorm: not gathered). The prefix tokens are the teacher's own,
     so any number of them fits; the student's play no part. A Conv1x1, without bias because a takes any away, exists
     where the widths differ. The task loss and this one meet in the student's first blocks and not at its head.
-    "quality_focal": T^2 * mean_i sum_c BCE(z, p_c) * |sigmoid(z_c / T) - p_c|, p = sigmoid(teacher / T), for teachers
-    whose classes are independent.
+    "quality_focal": T^2 * mean_i sum_c BCE(q_c, p_c) * |q_c - p_c|, q = sigmoid(z_i / T), p = sigmoid(teacher_i / T),
+    for teachers whose classes are independent.
 
     Published: for detectors, task weight 1 and this loss 1 with "quality_focal", behind convolution 3 of the 4 of the
     detection head. For recognition, blocks, "kl" and T are our choice.
@@ -85,7 +84,7 @@ class CrossKD(Loss):
         0.4338
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="1x1 convolution where they differ", depth="one block of each", grid="resized to the teacher's"
     )
 

@@ -72,7 +72,11 @@ class DMKD(Loss):
         1.0
     """
 
-    mismatch = Mismatch(width="1x1 convolution where they differ", grid="the larger is average-pooled, or resize")
+    mismatch = Mismatch(
+        width="1x1 convolution where they differ",
+        depth="one stage of each",
+        grid="the larger is average-pooled, or resize=",
+    )
 
     def __init__(
         self,

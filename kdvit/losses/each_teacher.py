@@ -14,6 +14,8 @@ from kdvit.losses.loss import SECOND_VIEW, Loss, reads_teacher, reads_teachers
 from kdvit.losses.wrapper import LossWrapper
 from kdvit.signals import Location, ModelInfo
 
+META = "has meta-parameters of its own"
+
 
 class EachTeacher(LossWrapper):
     """Let each of several teachers teach by a loss of one teacher, all alike or with a weight each.
@@ -38,7 +40,7 @@ class EachTeacher(LossWrapper):
     Raises:
         ValueError: loss reads no teacher, or reads several already; it is calibrated, has meta-parameters, or the
             student is deployed with it; weights do not fit the teachers.
-        TypeError: loss is no `Loss`; a weight is no number.
+        TypeError: loss is no `Loss`; weights are no list of numbers.
         RuntimeError: called before build.
 
     Source:
@@ -59,20 +61,17 @@ class EachTeacher(LossWrapper):
 
     def __init__(self, loss: Loss, weights: Sequence[float] | None = None) -> None:
         super().__init__(loss)
-        for fault, what in (
-            (not reads_teacher(loss), "reads no teacher"),
-            (reads_teachers(loss), "reads all teachers already"),
-            (loss.calibrate is not None, "is fitted before training to one teacher"),
-            (loss.meta_optimizer() is not None, "has meta-parameters of its own"),
-            (loss.predict is not None, "deploys the student with one teacher's classifier"),
-        ):
-            if fault:
-                raise ValueError(
-                    f"EachTeacher: loss must be one of a single teacher that can be repeated, got "
-                    f"{type(loss).__name__}, which {what}; choose another loss, or give one teacher."
-                )
+        self._refuse(not reads_teacher(loss), "reads no teacher")
+        self._refuse(reads_teachers(loss), "reads all teachers already")
+        self._refuse(loss.calibrate is not None, "is fitted before training to one teacher")
+        self._refuse(loss.meta_optimizer() is not None, META)
+        self._refuse(loss.predict is not None, "deploys the student with one teacher's classifier")
         self.weights = weights
         if weights is not None:
+            if not isinstance(weights, (list, tuple)):
+                raise TypeError(
+                    f"EachTeacher: weights must be a list of numbers, got {weights!r}; write one for each teacher."
+                )
             self.weights = tuple(number(self, "weights", weight, ">= 0", "one for each teacher") for weight in weights)
             if not sum(self.weights) > 0:
                 raise ValueError(f"EachTeacher: weights must not all be 0, got {weights}; give one teacher a say.")
@@ -98,6 +97,7 @@ class EachTeacher(LossWrapper):
         self.losses = nn.ModuleList(copy.deepcopy(self.loss) for _ in teacher)
         for loss, info in zip(self.losses, teacher, strict=True):
             loss.build(student, info)
+            self._refuse(loss.meta_optimizer() is not None, META)  # of those that build makes
 
     def allocate(self, num_samples: int) -> None:
         for loss in self.losses or ():
@@ -118,6 +118,13 @@ class EachTeacher(LossWrapper):
         if isinstance(results[0], Mapping):
             return {term: _mean([result[term] for result in results], weights) for term in results[0]}
         return _mean(results, weights)
+
+    def _refuse(self, fault: bool, what: str) -> None:
+        if fault:
+            raise ValueError(
+                "EachTeacher: loss must be one of a single teacher that can be repeated, got "
+                f"{type(self.loss).__name__}, which {what}; choose another loss, or give one teacher."
+            )
 
     def _of_one(self, name: str, value: Any, teacher: int) -> Any:
         if _of_all(name) == name:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +111,10 @@ class FT(Loss):
         0.0
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="both become factor_ratio * D_t factors", depth="one stage of each", grid="the larger is average-pooled"
     )
-    fixed_options: ClassVar[tuple[str, ...]] = ("factor_ratio", "paraphraser_lr")
+    fixed_options = ("factor_ratio", "paraphraser_lr")
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +79,8 @@ class MGD(Loss):
         12.0
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
-        width="1x1 convolution where they differ", grid="the larger is average-pooled"
+    mismatch = Mismatch(
+        width="1x1 convolution where they differ", depth="one stage of each", grid="the larger is average-pooled"
     )
 
     def __init__(

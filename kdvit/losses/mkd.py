@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -63,7 +61,7 @@ class MKD(Loss):
         (1.0, 0.5)
     """
 
-    fixed_options: ClassVar[tuple[str, ...]] = ("meta_lr",)
+    fixed_options = ("meta_lr",)
 
     def __init__(
         self,

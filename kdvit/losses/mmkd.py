@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +110,10 @@ class MMKD(Loss):
         50.0
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="1x1 convolution to each teacher's", depth="one stage of each", grid="the larger is average-pooled"
     )
-    fixed_options: ClassVar[tuple[str, ...]] = ("meta_lr", "meta_weight_decay")
+    fixed_options = ("meta_lr", "meta_weight_decay")
 
     def __init__(
         self,

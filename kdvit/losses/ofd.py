@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +97,7 @@ class OFD(Loss):
         4.25
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="the 1x1 convolution ends in the teacher's", depth="pairs of stages", grid="the larger is average-pooled"
     )
 

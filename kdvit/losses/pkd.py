@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ class PKD(Loss):
         (0.0, 1.5)
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="1x1 convolution where they differ", depth="pairs of stages", grid="the larger is average-pooled"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +25,7 @@ class PromptKD(Loss):
     z = logit_scale * W(n(Linear(ReLU(BatchNorm(Linear(student))))))
 
     W is the teacher's classifier, frozen: in CLIP the text embeddings of the classes, here its last layer. n scales a
-    feature to length 1 with normalise, else leaves it as it is. The mean is over images and classes, as released:
+    feature to length 1 with normalize, else leaves it as it is. The mean is over images and classes, as released:
     C times smaller than KD's. The projector and a frozen copy of W are deployed with the student, whose own classifier
     plays no part.
 
@@ -35,7 +34,7 @@ class PromptKD(Loss):
 
     Args:
         temperature: T > 0. 1.
-        normalise: whether the feature is scaled to length 1 in front of the classifier. CLIP: True; a classifier
+        normalize: whether the feature is scaled to length 1 in front of the classifier. CLIP: True; a classifier
             that was trained on raw features: False.
         logit_scale: > 0. CLIP: 100, the exponential of its learnt scale, unless W holds it; else 1.
 
@@ -57,7 +56,7 @@ class PromptKD(Loss):
     Source:
         Li et al., PromptKD: Unsupervised Prompt Distillation for Vision-Language Models, CVPR 2024,
         https://arxiv.org/abs/2403.02781. Checked against zhengli97/PromptKD@ec244f7; differs in: no bias before
-        BatchNorm; without normalise and logit_scale, which are the defaults, for classifiers that are not CLIP's.
+        BatchNorm; without normalize and logit_scale, which are the defaults, for classifiers that are not CLIP's.
 
     Example:
         >>> import torch
@@ -73,12 +72,12 @@ class PromptKD(Loss):
         0.0654
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(width="two-layer projector")
+    mismatch = Mismatch(width="two-layer projector")
 
-    def __init__(self, temperature: float = 1.0, normalise: bool = False, logit_scale: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, normalize: bool = False, logit_scale: float = 1.0) -> None:
         super().__init__()
         self.temperature = number(self, "temperature", temperature, "> 0", "1.0 leaves the logits as they are")
-        self.normalise = flag(self, "normalise", normalise)
+        self.normalize = flag(self, "normalize", normalize)
         self.logit_scale = number(self, "logit_scale", logit_scale, "> 0", "1.0 leaves the logits as they are")
         self.projector: Projector | None = None
         self.head: nn.Linear | None = None
@@ -116,5 +115,5 @@ class PromptKD(Loss):
 
     def _logits(self, student_pooled: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         feature = at_least_float32(self.projector(student_pooled))
-        feature = F.normalize(feature, dim=1, eps=EPS) if self.normalise else feature
+        feature = F.normalize(feature, dim=1, eps=EPS) if self.normalize else feature
         return self.logit_scale * head(feature).to(feature.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -161,7 +160,7 @@ class PTLoss(Loss):
         (True, False)
     """
 
-    fixed_options: ClassVar[tuple[str, ...]] = ("max_coefficient",)
+    fixed_options = ("max_coefficient",)
 
     def __init__(
         self,

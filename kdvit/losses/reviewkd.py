@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ class ReviewKD(Loss):
         2.0
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="the convolutions end in the teacher's",
         depth="pairs of stages",
         grid="nearest neighbour, to the teacher's",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,8 @@ class SimKD(Loss):
     Inputs:
         student_feature_map: (B, D_s, h_s, w_s).
         teacher_pooled: (B, D_t), what the teacher's classifier sees; with ``"feature_map"`` it is compared with the
-            mean of teacher_feature_map in eval mode, once by the Distiller, and not used otherwise.
+            mean of teacher_feature_map in eval mode, once by the Distiller, and not used otherwise; where blank
+            images make it 0, in the first training step.
         teacher_feature_map: (B, D_t, h_t, w_t); for feature="feature_map" alone.
 
     Returns:
@@ -83,8 +83,8 @@ class SimKD(Loss):
         True
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(width="three convolutions", grid="the larger is average-pooled")
-    fixed_options: ClassVar[tuple[str, ...]] = ("factor",)
+    mismatch = Mismatch(width="three convolutions", depth="one stage of each", grid="the larger is average-pooled")
+    fixed_options = ("factor",)
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class SimKD(Loss):
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         self.dim = teacher["pooled"].dim
+        self.undecided = False  # whether the classifier sees the mean: an image on which all is 0 does not tell
         self.grid = None
         if self.feature == "feature_map":
             self.grid = teacher["feature_map"].grid  # for predict, which sees no teacher
@@ -147,7 +148,7 @@ class SimKD(Loss):
         student, teacher_map = feature_pair(self, student_feature_map, teacher_feature_map)
         built_width(self, "teacher_feature_map", teacher_map, self.dim)
         # Once is enough, and a comparison of values would stall a GPU on every training step.
-        if not self.training and not torch.compiler.is_compiling():
+        if (self.undecided or not self.training) and not torch.compiler.is_compiling():
             self._check_classifier_sees_the_mean(teacher_map, teacher_pooled)
         student, teacher_map = match_grids(student, teacher_map, self.resize)
         return F.mse_loss(self._projected(student), teacher_map)
@@ -165,8 +166,10 @@ class SimKD(Loss):
         return at_least_float32(self.projector(x))
 
     def _check_classifier_sees_the_mean(self, teacher_map: Tensor, teacher_pooled: Tensor) -> None:
-        if (pooled(teacher_map) - teacher_pooled).abs().max() > TOLERANCE * teacher_pooled.abs().max():
+        largest = teacher_pooled.abs().max()
+        if (pooled(teacher_map) - teacher_pooled).abs().max() > TOLERANCE * largest:
             raise _other_feature("another vector")
+        self.undecided = not largest > 0
 
 
 def _other_feature(got: str) -> ValueError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,7 +73,9 @@ class SRRL(Loss):
         (1.0, 9.0)
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(width="1x1 convolution", grid="mean over positions")
+    mismatch = Mismatch(
+        width="1x1 convolution", depth="one stage, and what the classifier sees", grid="mean over positions"
+    )
 
     def __init__(
         self,

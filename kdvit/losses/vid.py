@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +69,10 @@ class VID(Loss):
         0.9047
     """
 
-    mismatch: ClassVar[Mismatch] = Mismatch(
+    mismatch = Mismatch(
         width="the regressor ends in the teacher's", depth="pairs of stages", grid="the larger is average-pooled"
     )
-    fixed_options: ClassVar[tuple[str, ...]] = ("init_variance",)
+    fixed_options = ("init_variance",)
 
     def __init__(
         self,

@@ -312,7 +312,7 @@ CASES: dict[str, Case] = {
     ),
     "promptkd": Case(lambda: make("promptkd"), "PromptKD: teacher_pooled must have D=12 as in build"),
     "promptkd-clip": Case(
-        lambda: make("promptkd", normalise=True, logit_scale=5.0, temperature=2.0),
+        lambda: make("promptkd", normalize=True, logit_scale=5.0, temperature=2.0),
         "PromptKD: teacher_pooled must have D=12 as in build",
     ),
     "crosskd": Case(lambda: make("crosskd"), "CrossKD: teacher_tokens must have shape (3, 17, 12)"),

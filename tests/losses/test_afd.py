@@ -165,7 +165,8 @@ def test_refuses_maps_of_one_position_alone():
     with pytest.raises(ValueError) as caught:
         built(student, teacher[:1])
     assert str(caught.value) == (
-        "AFD: grids must have more than one position in common, got 1x1 and 1x1; choose earlier stages or larger images."
+        "AFD: grids must have more than one position in common, got 1x1 and 1x1; choose earlier stages or larger "
+        "images."
     )
     with pytest.raises(ValueError, match="AFD: grids must have more than one position in common, got 1x1 and 1x1"):
         built(teacher[:1], student)

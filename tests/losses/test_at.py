@@ -111,6 +111,8 @@ def test_stages_are_where_it_reads():
             "AT: teacher_stages must be as many as student_stages, got 4 for 2; they are paired in order.",
         ),
         ({"student_stages": -1}, TypeError, "AT: student_stages must be a sequence, got -1; write (-1,) for one."),
+        ({"student_stages": 0.5}, TypeError, "AT: student_stages must be a sequence, got 0.5; write (0.5,) for one."),
+        ({"student_stages": None}, TypeError, "AT: student_stages must be a sequence, got None; write (-1,) for one."),
     ],
     ids=str,
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdvit.losses import CFD
+from kdvit.losses import CFD, Scheduled, make
+from kdvit.schedules import Linear
 from kdvit.signals import ModelInfo, SignalInfo
 from tests.losses.golden import assert_close, golden
 
@@ -132,6 +133,14 @@ def test_the_head_is_read_only_with_beta():
     student, teacher = pair()
     assert built(CFD(), student, teacher)(student, teacher).keys() == {"feature"}
     assert CFD.mismatch.width == "linear layer where they differ"
+
+
+def test_no_schedule_changes_what_is_read():
+    """A beta that grows from 0 would ask for a head that nobody reads, in the middle of training."""
+    with pytest.raises(ValueError) as caught:
+        make("cfd", beta=Linear(0.0, 0.5))
+    assert str(caught.value) == ("Scheduled: options must be numbers of CFD, got 'beta'; Known: temperature, gamma.")
+    assert isinstance(make("cfd", beta=0.1, temperature=Linear(1.0, 0.9), gamma=Linear(1.0, 0.5)), Scheduled)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_options_change_the_value(options):
 def test_stages_are_where_it_reads():
     locations = DMKD(student_stage=0.5, teacher_stage="layer3").locations()
     assert locations == {"student_feature_map": 0.5, "teacher_feature_map": "layer3"}
-    assert DMKD.mismatch.width and DMKD.mismatch.grid
+    assert DMKD.mismatch.width and DMKD.mismatch.depth and DMKD.mismatch.grid
 
 
 def test_wrong_arguments_are_refused():

@@ -134,6 +134,7 @@ def test_options_change_the_value():
         "student_feature_map": 0.5,
         "teacher_feature_map": "layer3",
     }
+    assert MGD.mismatch.depth == "one stage of each"
 
 
 @pytest.mark.parametrize("mask", ["spatial", "channel"])

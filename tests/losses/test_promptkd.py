@@ -37,7 +37,7 @@ def test_cases_were_found():
 def test_equals_the_official_loss(case):
     student, text, weight = case["in.image_feat"].requires_grad_(), case["in.tea_text"], case.options["kd_weight"]
     scale = case["in.logit_scale"].item()
-    loss = built(student.shape[1], text.shape[1], temperature=case.options["temperature"], normalise=True,
+    loss = built(student.shape[1], text.shape[1], temperature=case.options["temperature"], normalize=True,
                  logit_scale=scale)  # fmt: skip
     # The bias in front of BatchNorm, which we leave out, is taken away by it.
     weights = {k.removeprefix("conv1."): x for k, x in case.group("w").items() if k != "conv1.0.bias"}
@@ -64,7 +64,7 @@ def by_loop(loss: PromptKD, student: Tensor, teacher_logits: Tensor, head: nn.Li
     total, t = 0.0, loss.temperature
     for x, target in zip(hidden, teacher_logits, strict=True):
         feature = last.weight @ x.clamp_min(0) + last.bias
-        if loss.normalise:
+        if loss.normalize:
             feature = feature / (feature**2).sum().sqrt()
         z = loss.logit_scale * (head.weight @ feature + head.bias)
         q, p = ((y / t).exp() / (y / t).exp().sum() for y in (z, target))
@@ -73,7 +73,7 @@ def by_loop(loss: PromptKD, student: Tensor, teacher_logits: Tensor, head: nn.Li
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"normalise": True, "logit_scale": 7.0}, {"temperature": 3.0, "logit_scale": 0.5}], ids=str
+    "options", [{}, {"normalize": True, "logit_scale": 7.0}, {"temperature": 3.0, "logit_scale": 0.5}], ids=str
 )
 def test_equals_a_plain_loop(options):
     f64 = torch.float64
@@ -106,7 +106,7 @@ def test_mean_is_over_classes_too():
 
 def test_normalised_the_length_of_a_feature_does_not_matter():
     student, logits, head = drawn(6, 3), drawn(6, 4, seed=1), classifier()
-    loss = built(normalise=True, logit_scale=5.0)
+    loss = built(normalize=True, logit_scale=5.0)
     expected = loss(student, logits, drawn(6, 5), head)
     for name in ("weight", "bias"):
         getattr(loss.projector[3], name).data *= 10
@@ -124,7 +124,7 @@ def test_gradient_flows_through_the_classifier_into_the_student():
     assert student.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"normalise": True, "logit_scale": 10.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "logit_scale": 10.0}], ids=str)
 def test_deployed_student_says_what_was_trained(options):
     student, head = drawn(6, 3), classifier()
     loss = built(**options).eval()
@@ -132,7 +132,7 @@ def test_deployed_student_says_what_was_trained(options):
     prediction = loss.predict(student)
     assert loss(student, prediction, drawn(6, 5), head).item() == pytest.approx(0, abs=1e-7)
     feature = loss.projector(student)
-    feature = F.normalize(feature, dim=1) if loss.normalise else feature
+    feature = F.normalize(feature, dim=1) if loss.normalize else feature
     torch.testing.assert_close(prediction, loss.logit_scale * head(feature))
     assert loss.predict(student.bfloat16()).dtype == torch.float32
 
@@ -144,7 +144,7 @@ def value(**options) -> float:
     return loss(drawn(6, 3), drawn(6, 4, seed=1), drawn(6, 5), classifier()).item()
 
 
-@pytest.mark.parametrize("options", [{"temperature": 2.0}, {"normalise": True}, {"logit_scale": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{"temperature": 2.0}, {"normalize": True}, {"logit_scale": 3.0}], ids=str)
 def test_options_change_the_value(options):
     assert abs(value(**options) - value()) > 1e-3
 
@@ -162,9 +162,9 @@ def test_options_change_the_value(options):
             TypeError,
             "PromptKD: logit_scale must be a number > 0, got '100'; 1.0 leaves the logits as they are.",
         ),
-        ({"normalise": 1}, TypeError, "PromptKD: normalise must be True or False, got 1; write one of them."),
+        ({"normalize": 1}, TypeError, "PromptKD: normalize must be True or False, got 1; write one of them."),
     ],
-    ids=["temperature", "logit_scale", "normalise"],
+    ids=["temperature", "logit_scale", "normalize"],
 )
 def test_refuses_other_options(options, error, sentence):
     with pytest.raises(error) as caught:

@@ -31,7 +31,7 @@ def value(student: Tensor, teacher: Tensor, **options) -> float:
 def test_it_says_what_it_is():
     assert SAMNet.__doc__.startswith("Inspired by SAM-Net")
     assert "From the paper:" in SAMNet.__doc__ and "All else is ours" in " ".join(SAMNet.__doc__.split())
-    assert SAMNet.mismatch.width and SAMNet.mismatch.grid and not SAMNet.mismatch.heads
+    assert SAMNet.mismatch.width and SAMNet.mismatch.depth and SAMNet.mismatch.grid and not SAMNet.mismatch.heads
 
 
 def test_value_by_hand():

@@ -162,6 +162,7 @@ def test_reads_what_feature_says():
     loss = SimKD(student_stage=2, teacher_stage="layer3")
     assert loss.inputs() == ("student_feature_map", "teacher_pooled", "teacher_feature_map")
     assert loss.locations() == {"student_feature_map": 2, "teacher_feature_map": "layer3"}
+    assert SimKD.mismatch.depth == "one stage of each"
     loss = SimKD(feature="pooled", student_stage=2)
     assert loss.inputs() == ("student_feature_map", "teacher_pooled")
     assert loss.locations() == {"student_feature_map": 2}
@@ -183,6 +184,18 @@ def test_refuses_a_classifier_that_does_not_see_the_mean_of_the_map():
             loss(student, other, teacher)
         assert str(caught.value) == REFUSAL.format("another vector")
     assert loss.train()(student, drawn(2, 6, seed=2), teacher).isfinite()  # seen once is enough
+
+
+def test_the_first_step_decides_where_blank_images_do_not_tell():
+    """A teacher without biases, such as a ConvNeXt of random weights, gives zeros for zeros."""
+    student, teacher = drawn(2, 4, 2, 2), drawn(2, 6, 2, 2, seed=1)
+    loss, pooled, other = built(student, teacher).eval(), teacher.mean(dim=(2, 3)), drawn(2, 6, seed=2)
+    assert loss(0 * student, 0 * pooled, 0 * teacher).isfinite()
+    with pytest.raises(ValueError) as caught:
+        loss.train()(student, other, teacher)
+    assert str(caught.value) == REFUSAL.format("another vector")
+    assert loss(student, pooled, teacher).isfinite()
+    assert loss(student, other, teacher).isfinite()  # seen once is enough
 
 
 def test_refuses_a_classifier_that_is_wider_than_the_map():

@@ -153,6 +153,7 @@ def test_reads_what_feature_says():
     loss = SRRL(student_stage=2)
     assert loss.inputs() == ("student_feature_map", "teacher_pooled", "teacher_head")
     assert loss.locations() == {"student_feature_map": 2}
+    assert SRRL.mismatch.depth == "one stage, and what the classifier sees"
     loss = SRRL(feature="pooled", student_stage=2)
     assert loss.inputs() == ("student_pooled", "teacher_pooled", "teacher_head") and loss.locations() == {}
 

@@ -106,6 +106,15 @@ def test_cold_groups_are_the_clusters():
     torch.testing.assert_close(groups[0], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_group_without_members_is_finite():
+    """9 positions and 16 groups, of which those between positions are no position's nearest."""
+    student, teacher = pair(teacher_grid=(3, 3))
+    for temperature in (1e-2, 1e-4):
+        loss = built(ViTFRD(num_cells=4, temperature=temperature, **TWO), student, teacher)
+        assert loss(student, teacher).isfinite()
+        assert loss(student, tuple(torch.zeros_like(x) for x in teacher)).isfinite()
+
+
 def test_nothing_that_is_learnt_makes_the_target():
     """With weights on both sides, a constant would be an optimum; here, the student alone has them."""
     student, teacher = pair()
