@@ -97,6 +97,7 @@ class CRD(Loss):
     """
 
     mismatch = Mismatch(width="linear projections of both", depth="the pooled features")
+    replicated = ("student_memory", "teacher_memory", "seen_labels")
 
     def __init__(
         self,
@@ -150,9 +151,10 @@ class CRD(Loss):
     def _make_memories(self, num_samples: int) -> None:
         weight = self.student_head[0].weight
         bound = (self.dim / 3) ** -0.5  # rows of about length 1
+        generator = torch.Generator().manual_seed(0)  # alike in all processes
         for side in ("student", "teacher"):
-            rows = torch.empty(num_samples, self.dim, dtype=weight.dtype, device=weight.device).uniform_(-bound, bound)
-            self.register_buffer(f"{side}_memory", rows)
+            rows = torch.empty(num_samples, self.dim).uniform_(-bound, bound, generator=generator)
+            self.register_buffer(f"{side}_memory", rows.to(weight))
         self.register_buffer("seen_labels", torch.full((num_samples,), UNKNOWN, device=weight.device))
         # log Z for embeddings of the student and of the teacher; infinite until the first training batch.
         self.register_buffer("log_z", torch.full((2,), math.inf, dtype=weight.dtype, device=weight.device))

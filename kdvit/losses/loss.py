@@ -82,6 +82,8 @@ class Loss(nn.Module):
     calibrate: ClassVar[Callable[..., None] | None] = None
     #: Training steps from one bilevel step to the next.
     meta_interval: int = 1
+    #: Large buffers that every process makes and changes alike: DistributedDataParallel need not copy them each step.
+    replicated: ClassVar[tuple[str, ...]] = ()
     #: Numeric options that are read once, so that no schedule can change them.
     fixed_options: ClassVar[tuple[str, ...]] = ()
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import kdvit
 from kdvit.losses import CRD, crd
 from kdvit.losses.crd import EPS
 from kdvit.signals import ModelInfo, SignalInfo
+from tests import tiny
 from tests.losses.golden import assert_close, golden
 
 CASES = golden("feature_crd")
@@ -371,3 +373,19 @@ def test_must_be_built_and_given_its_labels():
     assert str(caught.value) == (
         "CRD: labels and student_logits must be given with other_labels=True; pass both, or other_labels=False."
     )
+
+
+def test_memories_are_made_alike_everywhere_and_not_copied_at_each_step():
+    def memories(seed: int) -> tuple[kdvit.Distiller, dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        distiller = kdvit.Distiller(tiny.vit(7), tiny.vit(), [CRD(dim=8, num_negatives=4)])
+        distiller.allocate(9)
+        loss = distiller.losses["crd"]
+        return distiller, {name: getattr(loss, name) for name in loss.replicated}
+
+    (distiller, first), (_, second) = memories(0), memories(1)
+    assert set(first) == {"student_memory", "teacher_memory", "seen_labels"}
+    assert all(len(x) == 9 and torch.equal(x, second[name]) for name, x in first.items())
+    left_alone = distiller._ddp_params_and_buffers_to_ignore  # what DistributedDataParallel goes by
+    assert {f"losses.crd.{name}" for name in first} <= set(left_alone) & set(distiller.state_dict())
+    assert not any("memory" in name for name in distiller.parameters_without_gradient)
