@@ -28,6 +28,7 @@ from kdvit.losses.loss import (
     split_input,
 )
 from kdvit.losses.precision import at_least_float32
+from kdvit.models import uncompiled
 from kdvit.signals import ModelInfo, Progress, SignalInfo
 from kdvit.taps.probing import probe
 from kdvit.taps.reader import Request, model_info, pick, requests_of
@@ -294,8 +295,14 @@ class Distiller(nn.Module):
             )
         # A tied parameter has several names, and DDP asks for each of them.
         trainable = [(name, p) for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad]
-        unreached = [name for name, p in trainable if id(p) not in reached]
-        self._ddp_params_and_buffers_to_ignore = unreached
+        #: Names of trainable parameters that no loss reaches.
+        self.parameters_without_gradient = [name for name, p in trainable if id(p) not in reached]
+        replicated = [
+            f"losses.{path}.{name}"
+            for path, module in self.losses.named_modules()
+            for name in getattr(module, "replicated", ())
+        ]
+        self._ddp_params_and_buffers_to_ignore = [*self.parameters_without_gradient, *replicated]
 
     def _blank_labels(self, batch_size: int, device: torch.device) -> Tensor:
         """Class ids; or a row of class shares per image where the user's task loss takes nothing else (BCE)."""
@@ -322,11 +329,6 @@ class Distiller(nn.Module):
     def reads_second_view(self) -> bool:
         """Whether some loss reads a second view: the step then needs ``second_images``."""
         return bool(self.second_sides)
-
-    @property
-    def parameters_without_gradient(self) -> list[str]:
-        """Names of trainable parameters that no loss reaches."""
-        return list(self._ddp_params_and_buffers_to_ignore)
 
     # The step
 
@@ -465,7 +467,7 @@ class Distiller(nn.Module):
 
     def student_state_dict(self) -> dict[str, Tensor]:
         """The student's weights alone; they load strictly into the plain model."""
-        return self.student.model.state_dict()
+        return uncompiled(self.student.model).state_dict()
 
     @property
     def deployable(self) -> nn.Module:
@@ -501,7 +503,9 @@ def _listed(teacher: Teacher | nn.Module | str | Sequence[Teacher | nn.Module | 
     if teacher is None:
         return []
     teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
-    if not teachers or any(each is other for index, each in enumerate(teachers) for other in teachers[:index]):
+    # A name is equal to itself; another wrapper around the same model teaches the same.
+    models = [each.model if isinstance(each, Teacher) else each for each in teachers]
+    if not teachers or any(each in models[:index] for index, each in enumerate(models)):
         got = "none" if not teachers else "one of them twice"
         raise ValueError(f"Distiller: the list of teachers must name different ones, got {got}; name each once.")
     return teachers

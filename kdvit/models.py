@@ -129,6 +129,11 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "model") -> Non
     model.load_state_dict(state)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, whose names of weights are its own."""
+    return getattr(model, "_orig_mod", model)
+
+
 def save_model(
     model: nn.Module,
     folder: str | Path,
@@ -143,7 +148,7 @@ def save_model(
     is saved as its weights alone.
 
     Args:
-        model: the plain model.
+        model: the plain model, compiled or not.
         folder: made if missing.
         normalisation: (mean, std) of the images that it was trained on.
         class_names: names of its classes.
@@ -151,7 +156,7 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     deployed = isinstance(model, DeployedStudent)
-    plain = model.student.model if deployed else model
+    plain = uncompiled(model.student.model if deployed else model)
     if hasattr(plain, "pretrained_cfg"):
         from timm.models import save_for_hf
 
@@ -160,9 +165,14 @@ def save_model(
         if deployed:
             model_config[CONFIG_KEY] = deployment_config(model)
         save_for_hf(plain, folder, safe_serialization=True, model_config=model_config, data_config=data_config)
-    if deployed or not hasattr(plain, "pretrained_cfg"):
+    if deployed:
+        from safetensors.torch import save_file
+
+        weights = {name.replace("_orig_mod.", ""): x.contiguous() for name, x in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+    elif not hasattr(plain, "pretrained_cfg"):
         from safetensors.torch import save_model as save_safetensors
 
-        save_safetensors(model, folder / "model.safetensors")
+        save_safetensors(plain, folder / "model.safetensors")
     # safetensors writes files that only their owner may read; a student is for colleagues, too.
     (folder / "model.safetensors").chmod(0o644)

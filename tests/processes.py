@@ -29,7 +29,7 @@ def run_two(worker: list[str], folder: Path) -> tuple[Any, Any]:
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

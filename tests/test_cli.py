@@ -315,12 +315,28 @@ DISTILL_MISTAKES = {
     "task weight": (
         ["--task-weight", "half"],
         {},
-        "--task-weight: the weight must be a number or a schedule (WarmUp, Steps, Linear, Cosine), got 'half'; try 0.5.",
+        "--task-weight: the weight must be a number or a schedule (WarmUp, Steps, Linear, Cosine), got 'half'; try 0.5",
     ),
     "two teachers, one checkpoint": (
         ["--teacher", "fashion_mnist_cnn"],
         {},
         "--teacher-checkpoint: there must be one --teacher for it, got 2; save such a teacher as a folder",
+    ),
+    "one teacher twice": (
+        ["--teacher", "fashion_mnist_cnn"],
+        {"teacher": "fashion_mnist_cnn", "teacher_options": None, "teacher_checkpoint": None},
+        "--teacher: each must be another model, got 'fashion_mnist_cnn' twice; name it once.",
+    ),
+    "teachers in a list": (
+        [],
+        {"teacher": "fashion_mnist_cnn,fashion_mnist_vit"},
+        "--teacher: it must name one model, got 'fashion_mnist_cnn,fashion_mnist_vit'; write --teacher once for each.",
+    ),
+    "weight behind the name": (
+        ["--loss", "at*1000"],
+        {},
+        "--loss: the weight must be a number or a schedule (WarmUp, Steps, Linear, Cosine), got 'at' in 'at*1000'; the "
+        "weight comes first: 1000*at.",
     ),
     "one teacher, two wanted": (["--loss", "ca_mkd"], {}, "CAMKD: teachers must be at least 2, got 1; pass a list of"),
     "schedule": (["--loss", "WarmUp(1, 2, 3)*kd"], {}, "--loss: the weight must be a number or a schedule (WarmUp,"),

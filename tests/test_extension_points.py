@@ -130,6 +130,42 @@ def test_calibration_sees_all_batches_and_comes_before_training():
         kdvit.calibrate(pair(Fitted()), [])
 
 
+def test_calibration_takes_as_many_batches_as_fit(monkeypatch):
+    class Mapped(Fitted):
+        def locations(self) -> dict:
+            return {"teacher_feature_map": -1}
+
+        def calibrate(self, teacher_feature_map: Tensor) -> None:
+            self.seen.append(teacher_feature_map)
+            self.is_fitted = True
+
+        def forward(self, student_logits: Tensor, teacher_feature_map: Tensor) -> Tensor:
+            return student_logits.mean()
+
+    drawn = []
+
+    def batches():
+        for seed in range(4):
+            drawn.append(seed)
+            yield tiny.images(2, seed=seed), tiny.labels(2)
+
+    map_bytes = 4 * 2 * pair().teacher.model.embed_dim * 4 * 4  # of two images
+    logit_bytes = 4 * 2 * tiny.NUM_CLASSES + 8 * 2  # and their labels
+    for room, num_maps, num_drawn in (
+        (map_bytes - 1, 2, 4),  # one batch in any case; the logits of all fit
+        (3 * map_bytes - 1, 4, 4),
+        (4 * map_bytes, 8, 4),
+        (logit_bytes, 2, 1),  # and nothing is loaded that nobody takes
+    ):
+        monkeypatch.setattr("kdvit.calibration.MAX_BYTES", room)
+        drawn.clear()
+        distiller = pair(Mapped(), Fitted())
+        kdvit.calibrate(distiller, batches())
+        (maps,), ((logits, labels),) = (loss.seen for loss in distiller.losses.values())
+        assert (len(maps), len(logits), len(drawn)) == (num_maps, 2 * num_drawn, num_drawn)
+        assert len(labels) == len(logits)
+
+
 def test_calibration_is_asked_for_whenever_it_is_missing():
     loss = make("ptloss")
     distiller = pair(loss)

@@ -93,7 +93,7 @@ def test_each_teacher_has_its_own_bridge_and_moves_along():
     distiller = Distiller(pair, student, ["kd"])
     assert [teacher.bridge.describe() for teacher in distiller.teachers] == ["none", "change of normalisation"]
     text = distiller.describe()
-    assert text.count("image bridge, student to teacher 'resnet18': change of normalisation") == 1
+    assert text.count("image bridge, student to teacher 2 'resnet18': change of normalisation") == 1
     assert len(re.findall(r"^\s*teacher ", text, re.MULTILINE)) >= 2
     distiller.double()
     assert {p.dtype for teacher in distiller.teachers for p in teacher.parameters()} == {torch.float64}
@@ -168,3 +168,49 @@ def test_direct_calls_are_checked():
     x = torch.zeros(2, 5)
     with pytest.raises(ValueError, match="teachers_logits must have one value for each of the 2 teachers, got 1"):
         distiller.losses["kd"](x, (x,))
+
+
+def test_meta_parameters_that_build_makes_are_refused_too():
+    class Late(Loss):
+        def build(self, student, teacher) -> None:
+            self.meta = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+        def meta_optimizer(self):
+            return torch.optim.SGD([self.meta], lr=1.0) if hasattr(self, "meta") else None
+
+        def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            return (student_logits - teacher_logits - self.meta).square().mean()
+
+    with pytest.raises(ValueError, match="got Late, which has meta-parameters of its own; choose another loss"):
+        Distiller(teachers(), tiny.vit(), [Late()])
+
+
+@pytest.mark.parametrize("weights", [0.5, {0: 1.0, 1: 2.0}, torch.ones(2)], ids=["number", "dict", "tensor"])
+def test_weights_are_a_list(weights):
+    with pytest.raises(TypeError, match="EachTeacher: weights must be a list of numbers, got .*; write one for each"):
+        EachTeacher(KD(), weights=weights)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        lambda model: [Teacher(model), Teacher(model)],
+        lambda model: [model, Teacher(model, class_map=[0, 1, 2, 3, 4])],
+        lambda model: ["".join(["fashion_mnist", "_cnn"]), "".join(["fashion_mnist_", "cnn"])],
+    ],
+    ids=["two wrappers", "wrapped and not", "equal names"],
+)
+def test_a_teacher_has_one_say(twice):
+    with pytest.raises(ValueError, match="must name different ones, got one of them twice; name each once"):
+        Distiller(twice(tiny.vit(7)), tiny.vit(), ["kd"])
+
+
+def test_describe_numbers_the_teachers():
+    page = Distiller([tiny.vit(7, embed_dim=32), tiny.vit(8)], tiny.vit(), ["kd"]).describe()
+    rows = [line.split() for line in page.splitlines()]
+    assert "teacher 1 logits output 5".split() in rows and "teacher 2 logits output 5".split() in rows
+    assert [row[:3] for row in rows if row[:1] == ["teacher"]][:2] == [
+        ["teacher", "1", "vit_tiny_patch16_224"],
+        ["teacher", "2", "vit_tiny_patch16_224"],
+    ]
+    assert "image bridge, student to teacher 2 'vit_tiny_patch16_224': none" in page

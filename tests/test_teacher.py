@@ -206,3 +206,14 @@ def test_predict_gives_the_models_own_logits():
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in teacher.normalisation)
     renormalised = (tiny.images() * 0.5 + 0.5 - mean) / std  # the student's images are normalised by 0.5 / 0.5
     torch.testing.assert_close(teacher.predict(tiny.images()), model(renormalised))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_in_half_precision_runs_in_it(dtype):
+    teacher = Teacher(tiny.vit(7).to(dtype))
+    out = Distiller(teacher, tiny.vit(), ["kd", "fitnet"])(tiny.images(), tiny.labels())
+    assert teacher.dtype == dtype and out.loss.isfinite()
+    assert {p.dtype for p in teacher.model.parameters()} == {dtype}
+    mixed = tiny.vit(7)
+    mixed.head.to(dtype)  # somebody's own choice, which stays
+    assert Teacher(mixed).dtype is None and Teacher(tiny.vit(7)).dtype is None

@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md, what works between which models, by trying it: ``python tools/compatibility_page.py``."""
+"""Write docs/compatibility.md, what works between which models: ``python tools/compatibility_page.py`` tries it."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ standardisation) and works for every method whose logits are inputs (all but `ps
 a schedule too: `losses=[(WarmUp(epochs=20), "dkd")]`. On the command line: `--loss 0.5*dkd:beta=2`.
 
 Extra parameters are those that train beside the student and are not exported, for a ViT of width 192 taught by one of
-width 384 (methods of several teachers: by two), all with 6 heads, 14x14 patches and 1,000 classes. Extra forwards are passes of a model per training step
-beyond one of the student and, where the method has a teacher, one of the teacher.
+width 384 (methods of several teachers: by two), all with 6 heads, 14x14 patches and 1,000 classes. Extra forwards are
+passes of a model per training step beyond one of the student and, where the method has a teacher, one of the teacher.
 """
 #: The pair that extra parameters are counted for.
 _WIDTH, _NUM_HEADS, _GRID, _NUM_CLASSES = {"student": 192, "teacher": 384}, 6, (14, 14), 1000

@@ -89,6 +89,11 @@ def _teachers(arguments: argparse.Namespace) -> list[Teacher]:
                     f"--{option.replace('_', '-')}: there must be one --teacher for it, got {len(names)}; save such a "
                     "teacher as a folder (kdvit.models.save_model), or write a recipe."
                 )
+    for name in names:
+        if "," in name and not Path(name).exists():
+            raise ValueError(f"--teacher: it must name one model, got '{name}'; write --teacher once for each.")
+        if names.count(name) > 1:
+            raise ValueError(f"--teacher: each must be another model, got '{name}' twice; name it once.")
     class_map = _class_map(arguments.class_map) if arguments.class_map is not None else None
     options = parse_options(arguments.teacher_options, "--teacher-options")
     checkpoint = arguments.teacher_checkpoint

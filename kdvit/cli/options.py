@@ -71,7 +71,9 @@ def parse_loss(text: str) -> tuple[float | Schedule, Loss]:
     if match is None:
         raise ValueError(f"--loss must be [WEIGHT*]NAME[:OPTION=VALUE,...], got '{text}'; try 0.5*dkd:beta=2.")
     weight, name, options = match.groups()
-    weight = parse_weight(weight or "1.0", "--loss", f" in '{text}'; try 0.5*{name}.")
+    swapped = name.isdecimal() and weight is not None
+    cure = f"the weight comes first: {name}*{weight}." if swapped else f"try 0.5*{name}."
+    weight = parse_weight(weight or "1.0", "--loss", f" in '{text}'; {cure}")
     return weight, make(name, **parse_options(options or "", f"--loss {name}"))
 
 

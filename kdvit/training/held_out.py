@@ -55,6 +55,7 @@ class HeldOut:
         if self.loader is not None:
             self.loader.set_epoch(0)
             calibrate(self.distiller, ((batch["image"], batch["label"]) for batch in self.loader))
+            self.loader.end()  # also where not all batches were asked for
 
     def start_epoch(self, epoch: int, num_steps: int) -> None:
         """Choose the held-out batches of an epoch of so many steps: a function of the epoch, so that runs resume."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from kdvit.cost import device_name
@@ -320,6 +320,9 @@ class Trainer:
         accuracy = None
         if self._trains_classifier():
             model, name = self.student, self.plain.student.name
+            if self.accelerator.num_processes > 1:  # statistics of BatchNorm differ: the main process's are saved
+                for buffer in model.buffers():
+                    broadcast(buffer)
             accuracy = self._evaluate(model, lambda images: logits_of(model(images), name))
             display.line(f"{self.title}: epoch {self.epoch}/{self.num_epochs}  top-1 {accuracy.top1:.2f} %")
         record = {"kind": "evaluation", "step": self.step, "epoch": self.epoch}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kdvit.losses import KD, FitNet, ViTKD
+from kdvit.losses import KD, FitNet, ViTKD, make
 from kdvit.training import Trainer
-from tests.training.conftest import distiller, same_weights
+from tests.training.conftest import distiller, same_weights, vit
 
 RANDOM = {"drop_rate": 0.2, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
 
@@ -85,6 +86,58 @@ def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path, options):
     ours, theirs = (torch.load(tmp_path / name / "state" / "last.pt", weights_only=True) for name in ("parts", "whole"))
     for index, state in theirs["optimizer"]["state"].items():
         assert all(torch.equal(ours["optimizer"]["state"][index][key], value) for key, value in state.items())
+
+
+#: Losses with more than weights: memories, queues, what was fitted before, meta-parameters, a classifier.
+REMEMBERING = {
+    "crd": lambda: make("crd", dim=8, num_negatives=8),
+    "cls_queue": lambda: make("cls_queue", queue_size=24),
+    "ft": lambda: make("ft", paraphraser_steps=3),
+    "ofd": lambda: make("ofd"),
+    "simkd": lambda: make("simkd", feature="pooled"),
+    "mmkd": lambda: make("mmkd", batch_size=16, meta_interval=1, meta_lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9], ids=["", "ema"])
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_what_a_loss_remembers_is_resumed(make_trainer, tmp_path, name, ema_decay):
+    def begin(folder: str, blows_at: int | None, **options) -> Trainer:
+        teacher = [vit(7, embed_dim=32), vit(8)] if name == "mmkd" else vit(7, embed_dim=32)
+        subject = distiller([(Fuse(blows_at), REMEMBERING[name]())], teacher, **RANDOM)
+        settings = {"epochs": 2, "lr": 3e-3, "ema_decay": ema_decay, **options}
+        return make_trainer(subject, folder=tmp_path / folder, **settings)
+
+    begin("whole", None).fit()
+    with pytest.raises(ConnectionError):
+        begin("parts", 5).fit()  # in the second epoch, of 4 steps, or of 3 where images are held out
+    resumed = begin("parts", None, resume=True)
+    assert resumed.epoch == 1
+    resumed.fit()
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    states = [torch.load(tmp_path / part / "state" / "last.pt", weights_only=True) for part in ("parts", "whole")]
+    for state in states:
+        del state["seconds"]
+    assert differences(*states) == []
+    assert any(key.startswith("losses.") for key in states[0]["distiller"])
+
+
+def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
+    """The places at which two nested states are not equal, bit for bit."""
+    if isinstance(ours, dict) and ours.keys() == theirs.keys():
+        return [place for key in ours for place in differences(ours[key], theirs[key], f"{where}/{key}")]
+    if isinstance(ours, (list, tuple)) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [place for index, pair in pairs for place in differences(*pair, f"{where}/{index}")]
+    equal = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    return [] if equal else [where]
+
+
+def test_differences_are_found():
+    state = {"a": [torch.zeros(2), {"b": 1}], "c": None}
+    assert differences(state, {"a": [torch.zeros(2), {"b": 1}], "c": None}) == []
+    assert differences(state, {"a": [torch.tensor([0.0, 1e-9]), {"b": 2}], "c": None}) == ["/a/0", "/a/1/b"]
+    assert differences(state, {"a": [], "c": 0}) == ["/a", "/c"]
 
 
 def records(folder) -> list[dict]:
