@@ -202,7 +202,8 @@ def page(job: Job, runs: Path, seeds: list[int]) -> str:
         f"# {job.title}",
         "",
         f"Made by `python benchmarks/{job.name}.py accuracy --seeds {' '.join(map(str, seeds))}` on the CPU, "
-        f"`... cost` on {facts['device']} and with nothing beside it, and `... page`; torch {facts['torch']}.",
+        f"`... cost` on {facts['device']}, {facts['rounds']} rounds, {facts['beside']} beside it, and `... page`; torch "
+        f"{facts['torch']}.",
         "",
         job.text,
         "",
@@ -266,6 +267,7 @@ def main(job: Job, description: str) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(job.methods), metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--beside", default="nothing", help="what else the machine does meanwhile, for the page")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("runs") / job.name)
     arguments = parser.parse_args()
@@ -280,6 +282,7 @@ def main(job: Job, description: str) -> None:
         found = cost(job, runs, arguments.rounds, arguments.batch_size)
         (runs / "cost.json").write_text(json.dumps(found, indent=2) + "\n")
         facts = {"device": device_name(torch.device("cpu")), "torch": torch.__version__}
+        facts |= {"rounds": arguments.rounds, "beside": arguments.beside}
         (runs / "facts.json").write_text(json.dumps(facts) + "\n")
     else:
         text = page(job, runs, arguments.seeds)

@@ -73,6 +73,8 @@ class PromptKD(Loss):
     """
 
     mismatch = Mismatch(width="two-layer projector")
+    #: The deployed student has the one that it was made with.
+    fixed_options = ("logit_scale",)
 
     def __init__(self, temperature: float = 1.0, normalize: bool = False, logit_scale: float = 1.0) -> None:
         super().__init__()
