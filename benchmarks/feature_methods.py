@@ -90,11 +90,14 @@ METHODS: dict[str, Method] = {
     "nst": feature("nst", 50.0),
     "rkd": feature("rkd"),
     "pkt": feature("pkt", 30000.0),
-    "cc": feature("cc", 0.02),
+    "cc": feature("cc", 0.02, note="the weight is published for the official code's formula, not for this one"),
     "vid": feature("vid"),
     "ft": feature("ft", 200.0),
     "crd": feature(
-        "crd", 0.8, num_negatives=2048, note="2,048 negatives of 8,000 images (published: 16,384 of 50,000)"
+        "crd",
+        0.8,
+        num_negatives=2048,
+        note="2,048 negatives of 8,000 images (published: 16,384 of 50,000); run before its memories began alike",
     ),
     "ofd": Method(one("ofd", 1e-3), 1.0, CNN),
     "reviewkd": feature("reviewkd"),

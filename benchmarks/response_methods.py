@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
     "dist": Method(one("dist", 2.0, temperature=4.0)),
     "mtkd_ssr": Method(one("mtkd_ssr", 1.0), note="numbers are ours"),
     "psd": Method(one("psd", 1.0), teacher=None, note="numbers are ours"),
-    "kd, ViT teacher": Method(one("kd", 0.9), 0.1, VIT, note="for cskd and sdd, which need a grid of patches"),
+    "kd, ViT teacher": Method(one("kd", 0.9), 0.1, VIT, note="the teacher of methods that need a grid of patches"),
 }
 
 _TEXT = f"""\

@@ -202,8 +202,8 @@ def page(job: Job, runs: Path, seeds: list[int]) -> str:
         f"# {job.title}",
         "",
         f"Made by `python benchmarks/{job.name}.py accuracy --seeds {' '.join(map(str, seeds))}` on the CPU, "
-        f"`... cost` on {facts['device']}, {facts['rounds']} rounds, {facts['beside']} beside it, and `... page`; torch "
-        f"{facts['torch']}.",
+        f"`... cost` on {facts['device']}, {facts['rounds']} rounds, {facts['beside']} beside it, and `... page`; "
+        f"torch {facts['torch']}.",
         "",
         job.text,
         "",
