@@ -59,8 +59,8 @@ class ViTFRD(Loss):
 
     Source:
         Fan et al., ViT-FRD: A Vision Transformer Model for Cardiac MRI Image Segmentation Based on Feature
-        Recombination Distillation, IEEE Access 2023, https://doi.org/10.1109/ACCESS.2023.3302522: no official code;
-        from the paper comes the idea alone, see above.
+        Recombination Distillation, IEEE Access 2023, a paper that we could not open (journal:
+        https://ieeeaccess.ieee.org): no official code; from the paper comes the idea alone, see above.
 
     Example:
         >>> import torch
