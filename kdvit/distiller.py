@@ -209,8 +209,7 @@ class Distiller(nn.Module):
         for name, loss in self.losses.items():
             loss.build(*self._infos(name))
             # Projectors follow the student: a Distiller may be built from models that are on a device already.
-            device = next(self.student.parameters(), torch.zeros(())).device
-            loss.to(device)
+            loss.to(self._device)
 
     def _infos(self, name: str) -> tuple[ModelInfo, ModelInfo | tuple[ModelInfo, ...]]:
         """What a loss is built for."""
@@ -243,6 +242,10 @@ class Distiller(nn.Module):
         # Behind nn.Module's back: all its weights are the student's and the loss's.
         object.__setattr__(self, "_deployable", model)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.student.parameters(), torch.zeros(())).device
+
     def _requests(self, side: str) -> list[Request]:
         return [
             request
@@ -256,10 +259,9 @@ class Distiller(nn.Module):
 
         The Trainer does so. Call it before the optimizer is made, and use sample ids from 0 to ``num_samples`` - 1.
         """
-        device = next(self.student.parameters(), torch.zeros(())).device
         for loss in self.losses.values():
             loss.allocate(num_samples)
-            loss.to(device)
+            loss.to(self._device)
 
     def _rehearse(self) -> None:
         """Run every loss once on blank images, so that what does not fit fails now; find what no loss reaches.
