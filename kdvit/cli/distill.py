@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from kdvit.cli.options import parse_loss, parse_options, parse_weight
+from kdvit.cli.job import Job, add_job_arguments
 from kdvit.cli.parser import Parser
 from kdvit.cost import human, num_parameters
-from kdvit.data import open_data
 from kdvit.description import describe
-from kdvit.distiller import Distiller
-from kdvit.models import create_model
-from kdvit.training import Trainer, Training
-from kdvit.training.arguments import add_arguments
-from kdvit.wrappers import Student, Teacher
+from kdvit.training import Trainer
+from kdvit.wrappers import Student
 
 _EXAMPLE = """example:
   kdvit distill --data ./images --teacher vit_base_patch16_224 --student deit_tiny_patch16_224 \\
@@ -30,19 +21,10 @@ _EXAMPLE = """example:
 
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
-    given = {item.name: getattr(arguments, item.name) for item in fields(Training)}
-    if given["epochs"] is None and given["steps"] is None:
-        given["epochs"] = Training.epochs
-    settings = Training(**given)
-    losses = [parse_loss(text) for text in arguments.loss or ["kd"]]
-    data = open_data(arguments.data)
-    teachers = _teachers(arguments)
-    student = _student(arguments, len(data.classes), teachers)
-    distiller = Distiller(
-        teachers or None, student, losses, task_loss=None if arguments.no_task_loss else "cross_entropy",
-        task_weight=parse_weight(arguments.task_weight),
-    )  # fmt: skip
-    trainer = Trainer(distiller, data, settings, arguments.output, resume=arguments.resume, title=student.name)
+    job = Job(arguments)
+    distiller = job.distiller()
+    student = distiller.student
+    trainer = Trainer(distiller, job.data, job.settings, arguments.output, resume=arguments.resume, title=student.name)
     if trainer.shows:
         print(describe(distiller, width=min(120, Console().width)))
     if arguments.check:
@@ -54,82 +36,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser("kdvit distill", description="Distil a teacher into a student.", epilog=_EXAMPLE)
-    add = parser.add_argument_group("what").add_argument
-    add("--data", required=True, help="`kdvit list data`: a built-in name, a folder, a parquet file, a hub name")
-    add(
-        "--teacher",
-        action="append",
-        metavar="MODEL",
-        help="`kdvit list models`: a shipped or timm name, or a folder; none for losses without a teacher; repeatable",
-    )
-    add("--teacher-checkpoint", help="weights of the teacher (safetensors or torch), instead of the published ones")
-    add("--teacher-options", default="", help="NAME=VALUE,... for timm.create_model")
-    add("--class-map", help="JSON file: a list with the teacher's class for each class of the data")
-    add("--student", required=True, help="a timm name, or a folder that was saved")
-    add("--student-options", default="", help="NAME=VALUE,... for timm.create_model, such as img_size=32,patch_size=4")
-    add("--student-pretrained", action="store_true", help="start from published weights, not from random ones")
-    add("--loss", action="append", metavar="[WEIGHT*]NAME[:OPTIONS]",
-        help="`kdvit list losses`; may be repeated; kd:temperature=2,standardize=True [kd]")  # fmt: skip
-    add("--task-weight", default="1.0", help="weight of the cross-entropy with the labels, or a schedule [%(default)s]")
-    add("--no-task-loss", action="store_true", help="learn from the teacher alone")
+    add_job_arguments(parser)
+    add = parser.add_argument_group("run").add_argument
     add("--output", default="runs/distill", help="run folder [%(default)s]")
     add("--resume", action="store_true", help="go on with the run in the run folder")
     add("--check", action="store_true", help="check everything, show what would be read, train nothing")
-    add_arguments(parser.add_argument_group("training"), Training)
-    parser.set_defaults(epochs=None)  # so that --steps alone is not taken for both
     return parser
-
-
-def _teachers(arguments: argparse.Namespace) -> list[Teacher]:
-    names = arguments.teacher or []
-    if len(names) > 1:
-        for option in ("teacher_checkpoint", "teacher_options", "class_map"):
-            if getattr(arguments, option):
-                raise ValueError(
-                    f"--{option.replace('_', '-')}: there must be one --teacher for it, got {len(names)}; save such a "
-                    "teacher as a folder (kdvit.models.save_model), or write a recipe."
-                )
-    for name in names:
-        if "," in name and not Path(name).exists():
-            raise ValueError(f"--teacher: it must name one model, got '{name}'; write --teacher once for each.")
-        if names.count(name) > 1:
-            raise ValueError(f"--teacher: each must be another model, got '{name}' twice; name it once.")
-    class_map = _class_map(arguments.class_map) if arguments.class_map is not None else None
-    options = parse_options(arguments.teacher_options, "--teacher-options")
-    checkpoint = arguments.teacher_checkpoint
-    return [
-        Teacher(
-            create_model(name, pretrained=checkpoint is None, checkpoint=checkpoint, **options),
-            class_map=class_map,
-            name=name,
-        )
-        for name in names
-    ]
-
-
-def _class_map(path: str) -> list[int]:
-    try:
-        numbers = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"--class-map: '{path}' must be a readable JSON file, got '{reason}'; check it.") from error
-    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-        raise ValueError(
-            f"--class-map: '{path}' must hold a list of whole numbers, got {str(numbers)[:40]}; "
-            "write the teacher's class for each class of the data, such as [3, 0, 7]."
-        )
-    return numbers
-
-
-def _student(arguments: argparse.Namespace, num_classes: int, teachers: Sequence[Teacher]) -> Student:
-    torch.manual_seed(arguments.seed)
-    options = {"num_classes": num_classes, **parse_options(arguments.student_options, "--student-options")}
-    model = create_model(arguments.student, pretrained=arguments.student_pretrained, **options)
-    if arguments.student_pretrained or not teachers or teachers[0].normalisation is None:
-        return Student(model, name=arguments.student)
-    # From scratch any normalisation does, so take the (first) teacher's: nothing to convert in the step.
-    mean, std = teachers[0].normalisation
-    return Student(model, name=arguments.student, mean=mean, std=std)
 
 
 def _report(result: object, student: Student, deployed: bool) -> None:
