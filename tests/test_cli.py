@@ -240,10 +240,10 @@ def test_a_class_map_and_a_student_to_go_on_from(distill, tmp_path):
     assert summary("on")["student"] == "run/student"
 
 
-def test_ctrl_c_is_a_sentence(distill, monkeypatch, capsys):
-    monkeypatch.setattr("kdvit.training.Trainer.fit", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_ctrl_c_before_training_is_a_word(distill, monkeypatch, capsys):
+    monkeypatch.setattr("kdvit.training.Trainer.__init__", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
     assert distill("--steps", "1") == 130
-    assert capsys.readouterr().err.startswith("kdvit: stopped; the run folder keeps the last whole epoch")
+    assert capsys.readouterr().err == "kdvit: stopped.\n"
 
 
 def test_a_traceback_on_demand(distill, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # A loader process hands its traceback on; the sentence is the last line of it.
         return _fail(str(error).strip().splitlines()[-1])
-    except KeyboardInterrupt:
-        return _fail("stopped; the run folder keeps the last whole epoch, `kdvit distill --resume` goes on.", code=130)
+    except KeyboardInterrupt as stop:
+        # A run that saved its state says so itself, and which signal it was.
+        return _fail(str(stop) or "stopped.", code=128 + getattr(stop, "number", signal.SIGINT))
     return 0
 
 

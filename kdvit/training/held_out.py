@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from kdvit.bilevel import Bilevel
 from kdvit.calibration import calibrate
-from kdvit.data import ImageSplit, TransformSettings, make_loader
+from kdvit.data import EpochBatchSampler, ImageSplit, TransformSettings, make_loader
 from kdvit.distiller import Distiller
 from kdvit.training.settings import Training
 
@@ -27,7 +27,9 @@ class HeldOut:
         self.distiller, self.bilevel = distiller, Bilevel(distiller)
         #: Of the held-out images; None where no loss asks for them.
         self.loader: DataLoader | None = None
+        self._order: EpochBatchSampler | None = None
         self._batches: Iterator[dict[str, Tensor]] = iter(())
+        self._drawn = 0  # batches of the running epoch
 
     @classmethod
     def of(
@@ -47,7 +49,8 @@ class HeldOut:
         batch_size = min(settings.batch_size, max(1, len(held_out) // accelerator.num_processes))
         # Augmented as in training: a temperature suits a strength of augmentation.
         loader = make_loader(held_out, transform, batch_size=batch_size, seed=settings.seed, train=True)
-        self.loader = accelerator.prepare(loader)
+        self._order, self.loader = loader.batch_sampler, accelerator.prepare(loader)
+        self._num_batches, self._num_processes = len(self.loader), accelerator.num_processes
         return self, kept
 
     def calibrate(self) -> None:
@@ -60,21 +63,30 @@ class HeldOut:
     def start_epoch(self, epoch: int, num_steps: int) -> None:
         """Choose the held-out batches of an epoch of so many steps: a function of the epoch, so that runs resume."""
         if self.bilevel:
-            self._batches = self._passes(epoch, num_passes=-(-num_steps // len(self.loader)))
+            self._batches = self._passes(epoch * -(-num_steps // self._num_batches), first=self._drawn)
 
-    def _passes(self, epoch: int, num_passes: int) -> Iterator[dict[str, Tensor]]:
-        for number in range(epoch * num_passes, (epoch + 1) * num_passes):
-            self.loader.set_epoch(number)
+    def end_epoch(self) -> None:
+        """The next one starts with its own first batch."""
+        self._drawn = 0
+
+    def _passes(self, number: int, first: int) -> Iterator[dict[str, Tensor]]:
+        """The batches of the passes from ``number`` on, from the ``first`` of them."""
+        number, start = number + first // self._num_batches, first % self._num_batches
+        while True:
+            self._order.set_epoch(number, start * self._num_processes)
+            self.loader.set_epoch(number)  # which keeps that start
             for batch in self.loader:
                 # Accelerate asks the loader that began last whether an epoch ends, to close an accumulation: that
                 # must go on being the training loader.
                 self.loader.end()
                 yield batch
+            number, start = number + 1, 0
 
     def step(self, images: Tensor, labels: Tensor, lr: float, **context: Any) -> None:
         """The bilevel step of this training step, in full precision, where one is due."""
         if self.bilevel.is_due(context["progress"]):
             batch = next(self._batches)
+            self._drawn += 1
             try:
                 self.bilevel.step(images, labels, batch["image"], batch["label"], lr=lr, **context)
             except FloatingPointError as error:
@@ -84,7 +96,8 @@ class HeldOut:
                 ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        return self.bilevel.state_dict()
+        return {"bilevel": self.bilevel.state_dict(), "drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bilevel.load_state_dict(state)
+        self.bilevel.load_state_dict(state["bilevel"])
+        self._drawn = state["drawn"]

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import ProjectConfiguration
 
 from kdvit.data import TransformSettings
 from kdvit.distiller import Distiller
 from kdvit.signals import nearest
 from kdvit.training.settings import Training
+from kdvit.training.trackers import check_trackers
 from kdvit.wrappers import Student
 
 
-def make_accelerator(settings: Training) -> Accelerator:
+def make_accelerator(settings: Training, folder: str | Path) -> Accelerator:
     # Accelerate keeps one precision and one accumulation for the whole process. A notebook makes several Trainers, so
     # each gets a state of its own; the process group is in another state, and stays common.
     AcceleratorState._shared_state, GradientState._shared_state = {}, {}
     return Accelerator(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulation_steps
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.accumulation_steps,
+        log_with=check_trackers(settings.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(folder) / "trackers")),
     )
 
 

@@ -7,104 +7,115 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from kdvit.files import WRITE_ERRORS, whole_files, why, write_whole
 from kdvit.models import save_model
+from kdvit.training.checkpoints import Checkpoints
 
 
 class RunFolder:
     """One folder for one run.
 
-    ``run.json`` settings, versions, commit, device, result · ``metrics.jsonl`` one JSON object a line ·
-    ``student/`` the student as timm saves it · ``best/`` the same at its best evaluation · ``state/last.pt`` what
-    resuming needs, ``state/previous.pt`` the one before it · ``curves.png`` with the extra ``plot``.
+    ``run.json`` settings, versions, commit, device, result · ``metrics.jsonl`` one JSON object a line, equal for equal
+    runs · ``timing.jsonl`` what the clock said · ``student/`` the student as timm saves it · ``best/`` the same at its
+    best evaluation · ``state/`` what resuming needs, see `Checkpoints` · ``curves.png`` with the extra ``plot``.
 
     Args:
-        path: made if missing. A folder with an earlier run's metrics is refused unless that run is resumed.
+        path: made if missing. A folder with an earlier run's state or metrics is refused unless that run is resumed.
         resume: go on with the run that is there.
+        keep_states: generations of state.
+
+    Raises:
+        ValueError: the folder holds another run, or cannot be made or written.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, *, resume: bool = False, keep_states: int = 2) -> None:
         self.path = Path(path)
-        self.resumes = resume and any(file.is_file() for file in self.state_files)
-        if self.metrics_file.is_file() and not self.resumes:
+        self.checkpoints = Checkpoints(self.path / "state", keep_states)
+        self.resumes = resume and bool(self.checkpoints.generations)
+        has_metrics = self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
+        if not self.resumes and (has_metrics or self.checkpoints.generations):
             way_out = (
-                "that run stopped before its first whole epoch, so choose another folder or remove it."
+                "its state is gone, so choose another folder or remove it."
                 if resume
                 else "choose another folder (--output), remove it, or resume that run (--resume)."
             )
             raise ValueError(f"run folder '{path}' must be empty, but holds an earlier run; {way_out}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
-            raise ValueError(f"run folder '{path}' cannot be made ({error.strerror}); choose another.") from error
+            raise ValueError(f"run folder '{path}' cannot be written ({why(error)}); choose another.") from error
 
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
-    def state_files(self) -> tuple[Path, Path]:
-        """The last state, and the one before it."""
-        return self.path / "state" / "last.pt", self.path / "state" / "previous.pt"
+    def timing_file(self) -> Path:
+        return self.path / "timing.jsonl"
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
-        with self.metrics_file.open("a") as file:
+        self._append(self.metrics_file, record)
+
+    def log_timing(self, record: Mapping[str, Any]) -> None:
+        """Append one line of what the clock said."""
+        self._append(self.timing_file, record)
+
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
+        with self._written(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics so far."""
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget the lines of an epoch that was not finished: a resumed run writes them again."""
-        if not self.metrics_file.is_file():
-            return
-        lines = [line for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-
     def save_student(self, model: nn.Module, which: str, normalisation: Any, class_names: Sequence[str]) -> None:
         """Save the plain model under ``student/`` or ``best/``."""
-        save_model(model, self.path / which, normalisation=normalisation, class_names=class_names)
+        with self._written(self.path / which), whole_files(self.path / which) as folder:
+            save_model(model, folder, normalisation=normalisation, class_names=class_names)
 
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        """Write resumable state: the old one stays until the new one is whole on the disk, and then as the previous."""
-        last, previous = self.state_files
-        last.parent.mkdir(exist_ok=True)
-        temporary = last.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if last.is_file():
-            last.replace(previous)
-        temporary.replace(last)
+    def save_state(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a generation of state, with the place that the metrics have come to."""
+        lengths = {}
+        for path in (self.metrics_file, self.timing_file):
+            with self._written(path), path.open("ab") as file:
+                os.fsync(file.fileno())
+                lengths[path.name] = file.tell()
+        self.checkpoints.save(step, {"lengths": lengths, **state})
 
     def load_state(self) -> tuple[dict[str, Any], str]:
-        """(the newest state that can be read, a note where that is not the last one); nothing in it is executed.
+        """(the newest state that is sound, a note where that is not the last one); see `Checkpoints.load`."""
+        return self.checkpoints.load()
+
+    def rewind(self, lengths: Mapping[str, int]) -> None:
+        """Forget the lines that were written after a state: the resumed run writes them again.
 
         Raises:
-            ValueError: no state can be read.
+            ValueError: lines that were written before it are missing.
         """
-        note = ""
-        for file in filter(Path.is_file, self.state_files):
-            try:
-                return torch.load(file, map_location="cpu", weights_only=True), note
-            except Exception as error:  # torch raises many kinds for damaged files
-                note = f"'{file}' cannot be read ({type(error).__name__}); the state of the epoch before it is used."
-        raise ValueError(
-            f"run folder '{self.path}': {note.partition(';')[0]}, and there is no earlier one; start the run again in "
-            "another folder."
-        )
+        for name, length in lengths.items():
+            path = self.path / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found < length:
+                raise ValueError(
+                    f"run folder '{self.path}': {name} must have at least the {length} bytes that it had when the "
+                    f"state was saved, got {found}; bring it back, or start the run again in another folder."
+                )
+            with self._written(path):
+                os.truncate(path, length)
 
     def write_summary(self, **facts: Any) -> None:
         """Write run.json: the given facts, and the machine and versions that they were made with."""
@@ -116,7 +127,19 @@ class RunFolder:
             "commit": _commit(),
             **facts,
         }
-        (self.path / "run.json").write_text(json.dumps(record, indent=2, default=_plain) + "\n")
+        with self._written(self.path / "run.json"):
+            write_whole(self.path / "run.json", json.dumps(record, indent=2, default=_plain) + "\n")
+
+    @contextmanager
+    def _written(self, path: Path) -> Iterator[None]:
+        """Say in one sentence what could not be written, and what is left."""
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            raise RuntimeError(
+                f"run folder: '{path}' could not be written ({why(error)}); {self.checkpoints.kept()}: make room or "
+                "give it write permission, then resume."
+            ) from error
 
 
 def _plain(value: Any) -> Any:

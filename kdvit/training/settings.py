@@ -33,6 +33,9 @@ class Training:
             training does not see (a calibration, a bilevel step); the test images are never used for that.
         evaluate_epochs: evaluate every so many epochs, and at the end.
         log_steps: write a line of metrics every so many optimizer steps.
+        save_steps: save resumable state every so many optimizer steps, besides each epoch's end; None for that alone.
+        keep_states: how many generations of resumable state are kept.
+        trackers: names of experiment trackers that Accelerate knows, such as tensorboard, which get the metrics too.
         num_workers: loader processes.
         seed: of everything that is random.
     """
@@ -58,6 +61,9 @@ class Training:
     held_out_ratio: float = 0.1
     evaluate_epochs: int = 1
     log_steps: int = 10
+    save_steps: int | None = None
+    keep_states: int = 2
+    trackers: tuple[str, ...] = ()
     num_workers: int = 0
     seed: int = 0
 
@@ -67,7 +73,10 @@ class Training:
                 f"Training: exactly one of epochs and steps must be given, got epochs={self.epochs}, "
                 f"steps={self.steps}; leave the other out (None)."
             )
-        for name in ("epochs", "steps", "batch_size", "accumulation_steps", "evaluate_epochs", "log_steps"):
+        for name in (
+            "epochs", "steps", "batch_size", "accumulation_steps", "evaluate_epochs", "log_steps", "save_steps",
+            "keep_states",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise TypeError(f"Training: {name} must be a whole number, got {value!r}; round it.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,12 @@ from kdvit.training.curves import draw_curves
 from kdvit.training.display import Display
 from kdvit.training.evaluation import Accuracy, evaluate
 from kdvit.training.held_out import HeldOut
+from kdvit.training.interruption import Interrupted, Interruption
 from kdvit.training.preparation import make_accelerator, make_optimizer, stronger, transform_for
 from kdvit.training.run_folder import RunFolder
 from kdvit.training.settings import Training
+from kdvit.training.trackers import finish_trackers, start_trackers, track
+from kdvit.training.watch import Watch, check_weights
 from kdvit.training.window import Window
 from kdvit.wrappers import Teacher
 
@@ -57,14 +60,16 @@ class Trainer:
         folder: the run folder, see `RunFolder`.
         transform: by default what the student's input size and normalisation ask for, see `transform_for`.
         second_transform: of the second view, where a loss reads one; by default ``transform`` with RandAugment.
-        resume: go on with the run in ``folder`` from its last whole epoch.
+        resume: go on with the run in ``folder`` from its last state, to the very same end.
         title: in front of the progress bar.
         quiet: show nothing.
 
     Raises:
         ValueError: classes of the data and the student differ, labels are out of range, an image is corrupt, the
             optimizer is unknown, the folder holds another run; all before the first batch.
-        RuntimeError: a loss or the weights became NaN or infinite.
+        RuntimeError: a loss or the weights became NaN or infinite, images could not be loaded, the disk is full; the
+            last good state is kept.
+        Interrupted: SIGTERM or Ctrl-C; the state of the last step is saved.
 
     Example:
         ``Trainer(distiller, kdvit.data.open_data("fashion-mnist-sample"), Training(epochs=5), "runs/first").fit()``
@@ -86,7 +91,7 @@ class Trainer:
         self.data, self.settings, self.title = data, settings, title
         self._check_classes(distiller)
         data.check(num_images=64)
-        self.accelerator = make_accelerator(settings)
+        self.accelerator = make_accelerator(settings, folder)
         self.is_main = self.accelerator.is_main_process
         self.shows = self.is_main and not quiet
         self.transform = transform or transform_for(distiller.student)
@@ -117,7 +122,7 @@ class Trainer:
         found: list[RunFolder | ValueError | None] = [None]
         if self.is_main:
             try:
-                found = [RunFolder(folder, resume=resume)]
+                found = [RunFolder(folder, resume=resume, keep_states=self.settings.keep_states)]
             except ValueError as error:
                 found = [error]
         if self.accelerator.num_processes > 1:
@@ -141,10 +146,12 @@ class Trainer:
         train = load(train_split, train=True, num_workers=settings.num_workers, second_transform=self.second_transform)
         test = load(self.data.test, train=False, num_workers=settings.num_workers)
         optimizer = make_optimizer(self.plain, settings)
+        self.order = train.batch_sampler
         self.distiller, self.optimizer, self.train_loader, self.test_loader = self.accelerator.prepare(
             self.plain, optimizer, train, test
         )
-        self.steps_per_epoch = math.ceil(len(self.train_loader) / settings.accumulation_steps)
+        self.batches_per_epoch = len(self.train_loader)
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / settings.accumulation_steps)
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         warmup_steps = min(round(settings.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
@@ -160,11 +167,13 @@ class Trainer:
         )
         self.mixer = self._mixer()
         self.ema = self._ema()
-        self.step = self.epoch = 0
+        #: Steps and epochs that are done, and batches of the epoch that is not.
+        self.step = self.epoch = self.batch = 0
         self.seconds = 0.0
+        self.window, self.watch, self.interruption = Window(), Watch(), Interruption()
+        self.teachers: list[Accuracy | None] | None = None
         self.accuracy: Accuracy | None = None
         self.best: tuple[float, int] | None = None
-        self.unchecked: list[tuple[int, Tensor, dict[str, Tensor], Tensor]] = []
 
     def _mixer(self) -> BatchMixer | None:
         settings = self.settings
@@ -194,34 +203,41 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train to the end and return what came out."""
-        started = time.perf_counter() - self.seconds
-        teachers = [self._evaluate_teacher(teacher) for teacher in self.plain.teachers]
-        self.held_out.calibrate()
+        self.started = time.perf_counter() - self.seconds
+        if self.teachers is None:
+            self._begin()
         if self.is_main:
-            self.folder.drop_metrics_after(self.step)
             self._write_summary(None)
+        start_trackers(self.accelerator, vars(self.settings))
         display = Display(self.total_steps, first_step=self.step, title=self.title, show=self.shows)
-        with display:
+        with self.interruption, display:
             if self.note:
                 display.line(self.note)
-            for teacher, accuracy in zip(self.plain.teachers, teachers, strict=True):
+            for teacher, accuracy in zip(self.plain.teachers, self.teachers, strict=True):
                 if accuracy is not None:
                     display.line(f"teacher '{teacher.name}': {accuracy.top1:.2f} % top-1")
             while self.step < self.total_steps:
                 self._train_epoch(display)
-                self.epoch += 1
+                self.epoch, self.batch = self.epoch + 1, 0
                 if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
                     self.accuracy = self._evaluate_student(display)
-                self.seconds = time.perf_counter() - started
                 self._save_state()
-        return self._finish(max(filter(None, teachers), key=lambda accuracy: accuracy.top1, default=None))
+                self._stop_where_asked()
+        return self._finish()
+
+    def _begin(self) -> None:
+        """What comes before the first step of a run, and is not done again when it is resumed."""
+        self.teachers = [self._evaluate_teacher(teacher) for teacher in self.plain.teachers]
+        self.held_out.calibrate()
+        self._save_state()  # a folder that cannot be written, or a full disk, shows before the first step
 
     def _train_epoch(self, display: Display) -> None:
         self.distiller.train()
+        # The prepared loader keeps the start of the epoch that it is set to. Its processes share out these batches.
+        self.order.set_epoch(self.epoch, self.batch * self.accelerator.num_processes)
         self.train_loader.set_epoch(self.epoch)
-        self.held_out.start_epoch(self.epoch, len(self.train_loader))
-        window = Window()
-        for index, batch in enumerate(self.train_loader):
+        self.held_out.start_epoch(self.epoch, self.batches_per_epoch)
+        for index, batch in enumerate(self._loaded(), start=self.batch):
             progress = self._progress(index)
             # What models and losses draw (dropout, masks) is a function of the seed and the place in the run.
             draw = legacy_generator(self.settings.seed, self.epoch, index, self.accelerator.process_index)
@@ -241,18 +257,59 @@ class Trainer:
                     self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            window.add(output, len(images) * self.accelerator.num_processes)
+            self.window.add(output, len(images) * self.accelerator.num_processes)
             if not self.accelerator.sync_gradients:
                 continue
             self.step += 1
+            self.batch = index + 1
             if self.ema is not None:
                 self.ema.update(self.plain.deployable, step=self.step)
             logs = self.step % self.settings.log_steps == 0 or self.step == self.total_steps
-            display.step(self._log(window, progress) if logs else None)
+            display.step(self._log(progress) if logs else None)
             if self.step == self.total_steps:
                 break
-        self._check_finite()
-        self._check_weights()
+            if self.batch < self.batches_per_epoch:  # else the state is saved, and asked for, after the evaluation
+                if self.settings.save_steps is not None and self.step % self.settings.save_steps == 0:
+                    self._save_state()
+                self._stop_where_asked()
+        self.window = Window()
+        self.held_out.end_epoch()
+        self._check_finite()  # before the student is saved
+
+    def _loaded(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of the epoch; what goes wrong with an image or a loader process is one sentence."""
+        batches = iter(self.train_loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            # A loader process hands its traceback on; the sentence is the last line of it.
+            except (ValueError, RuntimeError, OSError) as error:
+                reason = str(error).strip().splitlines()[-1].rstrip(".")
+                raise RuntimeError(
+                    f"Trainer: images could not be loaded after step {self.step}: {reason}; "
+                    f"{self.folder.checkpoints.kept()}: mend this, then resume."
+                ) from error
+            yield batch
+
+    def _stop_where_asked(self) -> None:
+        """Save and leave, where SIGTERM or Ctrl-C came; all processes at the same step."""
+        number = self.interruption.number
+        if self.accelerator.num_processes > 1:
+            # Asking the others costs a round through the network, so not at every step.
+            if self.step % self.settings.log_steps and self.batch:
+                return
+            number = int(self.accelerator.reduce(torch.tensor(float(number), device=self.accelerator.device), "sum"))
+        if not number:
+            return
+        if self.batch:  # not where the epoch's end has saved it
+            self._save_state()
+        raise Interrupted(
+            self.interruption.number or number,
+            f"stopped at step {self.step} of {self.total_steps}, and its state is saved in '{self.folder.path}'; "
+            "resume to go on.",
+        )
 
     def _mixed(self, batch: dict[str, Tensor], view: str = "image") -> tuple[Tensor, Tensor]:
         """Images and labels; the mixing of a batch is a function of its samples, so two views are mixed alike."""
@@ -261,49 +318,31 @@ class Trainer:
         return self.mixer(batch[view], batch["label"], batch["sample_id"], self.epoch)
 
     def _progress(self, index: int) -> Progress:
-        epoch = self.epoch + index / len(self.train_loader)
+        epoch = self.epoch + index / self.batches_per_epoch
         return Progress(self.step, epoch, self.total_steps, self.total_steps / self.steps_per_epoch)
 
     def _watch(self, output: DistillerOutput, sample_ids: Tensor) -> None:
-        self.unchecked.append((self.step, output.loss.detach(), output.losses, sample_ids))
+        self.watch.add(self.step, output, sample_ids)
         # Reading a value stalls a GPU, so there many steps are looked at together.
         if self.accelerator.device.type == "cpu" or self.step % self.settings.log_steps == 0:
-            self._check_finite()
+            self.watch.check(self._advice())
 
     def _check_finite(self) -> None:
-        unchecked, self.unchecked = self.unchecked, []
-        if not unchecked or torch.stack([loss for _, loss, _, _ in unchecked]).isfinite().all():
-            return
-        step, loss, losses, sample_ids = next(row for row in unchecked if not row[1].isfinite())
-        bad = [name for name, value in losses.items() if not value.isfinite()] or ["the weighted sum"]
-        raise RuntimeError(
-            f"Trainer: {', '.join(bad)} became {loss.item()} at step {step} (samples {sample_ids.tolist()[:8]} ...); "
-            f"{self._advice()}"
-        )
-
-    def _check_weights(self) -> None:
-        """A gradient may be NaN where its loss is not; such weights must not replace the last good state."""
-        for name, parameter in self.plain.named_parameters():
-            if not parameter.isfinite().all():
-                raise RuntimeError(
-                    f"Trainer: the weights became NaN or infinite before step {self.step} (first: {name}); "
-                    f"{self._advice()}"
-                )
+        self.watch.check(self._advice())
+        check_weights(self.plain, self.step, self._advice())
 
     def _advice(self) -> str:
-        return (
-            f"the last whole epoch, if there was one, is kept in '{self.folder.path}'; lower lr, clip the gradient, "
-            "or use mixed_precision='no'."
-        )
+        kept = self.folder.checkpoints.kept()
+        return f"{kept} in '{self.folder.path}'; lower lr, clip the gradient, or use mixed_precision='no'."
 
-    def _log(self, window: Window, progress: Progress) -> dict[str, float]:
-        losses, loss, rate = window.close()
-        lr = self.optimizer.param_groups[0]["lr"]
+    def _log(self, progress: Progress) -> dict[str, float]:
+        losses, loss, rate = self.window.close()
+        epoch, lr = round(progress.epoch, 4), self.optimizer.param_groups[0]["lr"]
         if self.is_main:
-            self.folder.log(
-                {"kind": "step", "step": self.step, "epoch": round(progress.epoch, 4), "lr": lr, "loss": loss,
-                 "losses": losses, "images_per_second": round(rate, 1)}
-            )  # fmt: skip
+            place = {"kind": "step", "step": self.step, "epoch": epoch}
+            self.folder.log({**place, "lr": lr, "loss": loss, "losses": losses})
+            self.folder.log_timing({"step": self.step, "images_per_second": round(rate, 1)})
+        track(self.accelerator, {"epoch": epoch, "lr": lr, "loss": loss, "losses": losses}, self.step)
         return losses
 
     # Evaluation
@@ -328,6 +367,7 @@ class Trainer:
         record = {"kind": "evaluation", "step": self.step, "epoch": self.epoch}
         if self.is_main and accuracy is not None:
             self.folder.log({**record, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss})
+            track(self.accelerator, {"test": {"top1": accuracy.top1, "top5": accuracy.top5}}, self.step)
         if accuracy is not None and (self.best is None or accuracy.top1 > self.best[0]):
             self.best = (accuracy.top1, self.epoch)
             self._save_student("best")
@@ -358,10 +398,13 @@ class Trainer:
             self.folder.save_student(self.student, which, normalisation, self.data.classes)
 
     def _save_state(self) -> None:
+        self._check_finite()
+        self.seconds = time.perf_counter() - self.started
         if not self.is_main:
             return
         scaler = self.accelerator.scaler
         self.folder.save_state(
+            self.step,
             {
                 "run": self._identity(),
                 "distiller": self.plain.state_dict(),
@@ -369,12 +412,15 @@ class Trainer:
                 "held_out": self.held_out.state_dict(),
                 "ema": self.ema.state_dict() if self.ema is not None else None,
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "window": self.window.state_dict(),
                 "step": self.step,
                 "epoch": self.epoch,
+                "batch": self.batch,
                 "seconds": self.seconds,
+                "teachers": [asdict(accuracy) if accuracy else None for accuracy in self.teachers],
                 "accuracy": asdict(self.accuracy) if self.accuracy is not None else None,
                 "best": self.best,
-            }
+            },
         )
 
     def _load_state(self) -> str:
@@ -399,13 +445,18 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.epoch, self.seconds, self.best = (state[key] for key in ("step", "epoch", "seconds", "best"))
+        self.window.load_state_dict(state["window"], self.accelerator.device)
+        for name in ("step", "epoch", "batch", "seconds", "best"):
+            setattr(self, name, state[name])
+        self.teachers = [Accuracy(**accuracy) if accuracy else None for accuracy in state["teachers"]]
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
+        if self.is_main:
+            self.folder.rewind(state["lengths"])
         return note
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
-        free = ("evaluate_epochs", "log_steps", "num_workers")
+        free = ("evaluate_epochs", "log_steps", "save_steps", "keep_states", "num_workers", "trackers")
         return {
             **{name: value for name, value in vars(self.settings).items() if name not in free},
             "num_processes": self.accelerator.num_processes,
@@ -430,7 +481,8 @@ class Trainer:
             device=device_name(self.accelerator.device),
         )
 
-    def _finish(self, teacher: Accuracy | None) -> Result:
+    def _finish(self) -> Result:
+        teacher = max(filter(None, self.teachers), key=lambda accuracy: accuracy.top1, default=None)
         result = Result(
             top1=self.accuracy.top1 if self.accuracy else None,
             top5=self.accuracy.top5 if self.accuracy else None,
@@ -444,5 +496,6 @@ class Trainer:
         if self.is_main:
             self._write_summary(result)
             draw_curves(self.folder.metrics(), self.folder.path / "curves.png", result.teacher_top1)
+        finish_trackers(self.accelerator)
         self.accelerator.wait_for_everyone()
         return result

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdvit.distiller import DistillerOutput
@@ -24,6 +27,15 @@ class Window:
         self.total = self.total + output.loss.detach()
         self.count += 1
         self.images += num_images
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the clock, so that the next line of metrics of a resumed run is that of the run."""
+        return {name: getattr(self, name) for name in ("losses", "total", "count", "images")}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.losses = {name: value.to(device) for name, value in state["losses"].items()}
+        self.total = state["total"].to(device) if isinstance(state["total"], Tensor) else state["total"]
+        self.count, self.images = state["count"], state["images"]
 
     def close(self) -> tuple[dict[str, float], float, float]:
         """(mean losses, mean total, images a second), and start anew."""

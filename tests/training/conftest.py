@@ -16,6 +16,7 @@ from kdvit import Distiller, Student, Trainer, Training
 from kdvit.data import ImageData, open_data
 from kdvit.losses import KD
 from kdvit.training import Result
+from kdvit.training.checkpoints import Checkpoints
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SIZES = {
@@ -42,6 +43,11 @@ def metrics(result_or_folder: Result | Path, kind: str) -> list[dict[str, Any]]:
     folder = getattr(result_or_folder, "folder", result_or_folder)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == kind]
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The last resumable state of a run."""
+    return Checkpoints(folder / "state").load()[0]
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
