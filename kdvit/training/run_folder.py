@@ -88,34 +88,35 @@ class RunFolder:
             save_model(model, folder, normalisation=normalisation, class_names=class_names)
 
     def save_state(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write a generation of state, with the place that the metrics have come to."""
-        lengths = {}
-        for path in (self.metrics_file, self.timing_file):
-            with self._written(path), path.open("ab") as file:
-                os.fsync(file.fileno())
-                lengths[path.name] = file.tell()
-        self.checkpoints.save(step, {"lengths": lengths, **state})
+        """Write a generation of state, with the length that the metrics have come to."""
+        with self._written(self.metrics_file), self.metrics_file.open("ab") as file:
+            os.fsync(file.fileno())
+            length = file.tell()
+        self.checkpoints.save(step, {"metrics_bytes": length, **state})
 
     def load_state(self) -> tuple[dict[str, Any], str]:
         """(the newest state that is sound, a note where that is not the last one); see `Checkpoints.load`."""
         return self.checkpoints.load()
 
-    def rewind(self, lengths: Mapping[str, int]) -> None:
-        """Forget the lines that were written after a state: the resumed run writes them again.
+    def rewind(self, metrics_bytes: int, step: int) -> float:
+        """Forget the lines that were written after a state, since the resumed run writes them again; seconds so far.
 
         Raises:
             ValueError: lines that were written before it are missing.
         """
-        for name, length in lengths.items():
-            path = self.path / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found < length:
-                raise ValueError(
-                    f"run folder '{self.path}': {name} must have at least the {length} bytes that it had when the "
-                    f"state was saved, got {found}; bring it back, or start the run again in another folder."
-                )
-            with self._written(path):
-                os.truncate(path, length)
+        found = self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
+        if found < metrics_bytes:
+            raise ValueError(
+                f"run folder '{self.path}': {self.metrics_file.name} must have at least the {metrics_bytes} bytes that "
+                f"it had when the state was saved, got {found}; bring it back, or start again in another folder."
+            )
+        with self._written(self.metrics_file):
+            os.truncate(self.metrics_file, metrics_bytes)
+        lines = self.timing_file.read_text().splitlines() if self.timing_file.is_file() else []
+        kept = [line for line in map(_parsed, lines) if line and line["step"] <= step]
+        with self._written(self.timing_file):
+            write_whole(self.timing_file, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept[-1]["seconds"] if kept else 0.0
 
     def write_summary(self, **facts: Any) -> None:
         """Write run.json: the given facts, and the machine and versions that they were made with."""
@@ -144,6 +145,14 @@ class RunFolder:
 
 def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of JSON; None for what is left of one that was being written when the process was killed."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _commit() -> str | None:

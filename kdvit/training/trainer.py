@@ -14,8 +14,10 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
+from kdvit.cache.teacher import StoredTeacher
+from kdvit.cache.fingerprint import of_job
 from kdvit.cost import device_name
-from kdvit.data import BatchMixer, ImageData, TransformSettings, check_labels, make_loader
+from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
 from kdvit.data.randomness import legacy_generator
 from kdvit.distiller import Distiller, DistillerOutput
 from kdvit.losses.loss import split_input
@@ -143,7 +145,14 @@ class Trainer:
                 f"{num_processes} process(es), got {settings.batch_size}; use smaller batches."
             )
         load = partial(make_loader, batch_size=settings.batch_size, seed=settings.seed, transform=self.transform)
-        train = load(train_split, train=True, num_workers=settings.num_workers, second_transform=self.second_transform)
+        train = load(
+            train_split,
+            train=True,
+            num_workers=settings.num_workers,
+            second_transform=self.second_transform,
+            rows=self.plain.stored_rows,
+            augmentation_epochs=self.plain.augmentation_epochs,
+        )
         test = load(self.data.test, train=False, num_workers=settings.num_workers)
         optimizer = make_optimizer(self.plain, settings)
         self.order = train.batch_sampler
@@ -154,6 +163,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / settings.accumulation_steps)
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self._check_stored(train_split)
         warmup_steps = min(round(settings.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
         self.scheduler = CosineLRScheduler(
             optimizer,
@@ -169,11 +179,19 @@ class Trainer:
         self.ema = self._ema()
         #: Steps and epochs that are done, and batches of the epoch that is not.
         self.step = self.epoch = self.batch = 0
-        self.seconds = 0.0
+        self.seconds, self.started = 0.0, time.perf_counter()
         self.window, self.watch, self.interruption = Window(), Watch(), Interruption()
         self.teachers: list[Accuracy | None] | None = None
         self.accuracy: Accuracy | None = None
         self.best: tuple[float, int] | None = None
+
+    def _check_stored(self, split: ImageSplit) -> None:
+        """Stored teachers must have been made for these very images."""
+        stored = [teacher for teacher in self.plain.teachers if isinstance(teacher, StoredTeacher)]
+        if stored:
+            job = of_job(split, self.transform, self.settings, holds_out=len(split) < len(self.data.train))
+            for teacher in stored:
+                teacher.check_job(job, self.num_epochs)
 
     def _mixer(self) -> BatchMixer | None:
         settings = self.settings
@@ -216,13 +234,12 @@ class Trainer:
             for teacher, accuracy in zip(self.plain.teachers, self.teachers, strict=True):
                 if accuracy is not None:
                     display.line(f"teacher '{teacher.name}': {accuracy.top1:.2f} % top-1")
-            while self.step < self.total_steps:
-                self._train_epoch(display)
-                self.epoch, self.batch = self.epoch + 1, 0
-                if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
-                    self.accuracy = self._evaluate_student(display)
-                self._save_state()
-                self._stop_where_asked()
+            try:
+                self._train(display)
+            except RuntimeError as error:  # that a loader process died is raised in the middle of anything
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise self._not_loaded(error) from error
         return self._finish()
 
     def _begin(self) -> None:
@@ -230,6 +247,16 @@ class Trainer:
         self.teachers = [self._evaluate_teacher(teacher) for teacher in self.plain.teachers]
         self.held_out.calibrate()
         self._save_state()  # a folder that cannot be written, or a full disk, shows before the first step
+
+    def _train(self, display: Display) -> None:
+        while self.step < self.total_steps:
+            self._train_epoch(display)
+            self.epoch, self.batch = self.epoch + 1, 0
+            if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
+                self.accuracy = self._evaluate_student(display)
+            self._save_state()
+            self._stop_where_asked()
+            self.seconds = time.perf_counter() - self.started
 
     def _train_epoch(self, display: Display) -> None:
         self.distiller.train()
@@ -250,7 +277,7 @@ class Trainer:
                     context["second_images"], _ = self._mixed(batch, "second_image")
                 if self.accelerator.sync_gradients:  # once a step, also where a step is several batches
                     self.held_out.step(images, labels, self.optimizer.param_groups[0]["lr"], **context)
-                output = self.distiller(images, labels, **context)
+                output = self.distiller(images, labels, **context, stored=batch.get("rows"))
                 self._watch(output, batch["sample_id"])
                 self.accelerator.backward(output.loss)
                 if self.accelerator.sync_gradients and self.settings.clip_norm is not None:
@@ -277,21 +304,23 @@ class Trainer:
         self._check_finite()  # before the student is saved
 
     def _loaded(self) -> Iterator[dict[str, Tensor]]:
-        """The batches of the epoch; what goes wrong with an image or a loader process is one sentence."""
+        """The batches of the epoch; what goes wrong with an image is one sentence."""
         batches = iter(self.train_loader)
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            # A loader process hands its traceback on; the sentence is the last line of it.
             except (ValueError, RuntimeError, OSError) as error:
-                reason = str(error).strip().splitlines()[-1].rstrip(".")
-                raise RuntimeError(
-                    f"Trainer: images could not be loaded after step {self.step}: {reason}; "
-                    f"{self.folder.checkpoints.kept()}: mend this, then resume."
-                ) from error
+                raise self._not_loaded(error) from error
             yield batch
+
+    def _not_loaded(self, error: Exception) -> RuntimeError:
+        reason = str(error).strip().splitlines()[-1].rstrip(". ")  # a loader process hands its traceback on
+        return RuntimeError(
+            f"Trainer: images could not be loaded after step {self.step}: {reason}; "
+            f"{self.folder.checkpoints.kept()}: mend this, then resume."
+        )
 
     def _stop_where_asked(self) -> None:
         """Save and leave, where SIGTERM or Ctrl-C came; all processes at the same step."""
@@ -315,7 +344,7 @@ class Trainer:
         """Images and labels; the mixing of a batch is a function of its samples, so two views are mixed alike."""
         if self.mixer is None:
             return batch[view], batch["label"]
-        return self.mixer(batch[view], batch["label"], batch["sample_id"], self.epoch)
+        return self.mixer(batch[view], batch["label"], batch["sample_id"], self.order.augmentation_epoch)
 
     def _progress(self, index: int) -> Progress:
         epoch = self.epoch + index / self.batches_per_epoch
@@ -341,7 +370,8 @@ class Trainer:
         if self.is_main:
             place = {"kind": "step", "step": self.step, "epoch": epoch}
             self.folder.log({**place, "lr": lr, "loss": loss, "losses": losses})
-            self.folder.log_timing({"step": self.step, "images_per_second": round(rate, 1)})
+            seconds = round(time.perf_counter() - self.started, 1)
+            self.folder.log_timing({"step": self.step, "seconds": seconds, "images_per_second": round(rate, 1)})
         track(self.accelerator, {"epoch": epoch, "lr": lr, "loss": loss, "losses": losses}, self.step)
         return losses
 
@@ -381,7 +411,9 @@ class Trainer:
         brings_one = self.plain.deployable is not self.plain.student.model
         return self.plain.task_loss is not None or reads_logits or brings_one
 
-    def _evaluate_teacher(self, teacher: Teacher) -> Accuracy | None:
+    def _evaluate_teacher(self, teacher: Teacher | StoredTeacher) -> Accuracy | None:
+        if isinstance(teacher, StoredTeacher):
+            return Accuracy(**teacher.accuracy) if teacher.accuracy is not None else None
         batch = next(iter(self.test_loader))["image"][:1]
         try:
             if teacher.predict(batch).shape[1] != len(self.data.classes):
@@ -399,7 +431,6 @@ class Trainer:
 
     def _save_state(self) -> None:
         self._check_finite()
-        self.seconds = time.perf_counter() - self.started
         if not self.is_main:
             return
         scaler = self.accelerator.scaler
@@ -416,7 +447,6 @@ class Trainer:
                 "step": self.step,
                 "epoch": self.epoch,
                 "batch": self.batch,
-                "seconds": self.seconds,
                 "teachers": [asdict(accuracy) if accuracy else None for accuracy in self.teachers],
                 "accuracy": asdict(self.accuracy) if self.accuracy is not None else None,
                 "best": self.best,
@@ -446,12 +476,12 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"], self.accelerator.device)
-        for name in ("step", "epoch", "batch", "seconds", "best"):
+        for name in ("step", "epoch", "batch", "best"):
             setattr(self, name, state[name])
         self.teachers = [Accuracy(**accuracy) if accuracy else None for accuracy in state["teachers"]]
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
         if self.is_main:
-            self.folder.rewind(state["lengths"])
+            self.seconds = self.folder.rewind(state["metrics_bytes"], self.step)
         return note
 
     def _identity(self) -> dict[str, Any]:
@@ -464,7 +494,7 @@ class Trainer:
             "trained_images": len(self.train_loader.dataset),
             "second_transform": repr(self.second_transform),
             "student": self.plain.student.name,
-            "teacher": " + ".join(teacher.name for teacher in self.plain.teachers) or None,
+            "teacher": " + ".join(map(_identity_of, self.plain.teachers)) or None,
             "losses": {name: repr(loss) for name, loss in self.plain.losses.items()},
             "weights": {
                 name: repr(w) if isinstance(w, Schedule) else "function" if callable(w) else w
@@ -499,3 +529,7 @@ class Trainer:
         finish_trackers(self.accelerator)
         self.accelerator.wait_for_everyone()
         return result
+
+
+def _identity_of(teacher: Teacher | StoredTeacher) -> str:
+    return f"{teacher.name}, stored: {teacher.describe()}" if isinstance(teacher, StoredTeacher) else teacher.name

@@ -66,7 +66,7 @@ def test_the_commit_is_that_of_the_checkout(finished):
 
 def test_a_run_that_breaks_has_said_how_it_was_started(make_trainer, tmp_path):
     trainer = make_trainer(distiller(), folder=tmp_path / "run")
-    trainer._train_epoch = lambda display: (_ for _ in ()).throw(ConnectionError())
+    trainer._train = lambda display: (_ for _ in ()).throw(ConnectionError())
     with pytest.raises(ConnectionError):
         trainer.fit()
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -154,11 +154,15 @@ def test_what_was_logged_after_a_state_is_dropped(tmp_path):
     folder = RunFolder(tmp_path)
     folder.log({"kind": "step", "step": 1})
     folder.save_state(1, {})
-    lengths = folder.load_state()[0]["lengths"]
+    for step in (1, 2):
+        folder.log_timing({"step": step, "seconds": 10.0 * step})
     folder.log({"kind": "step", "step": 2})
     with folder.metrics_file.open("a") as file:
         file.write('{"kind": "step", "ste')  # the power went while it was written
-    folder.rewind(lengths)
+    with folder.timing_file.open("a") as file:
+        file.write('{"step": 3')
+    assert folder.rewind(folder.load_state()[0]["metrics_bytes"], step=1) == 10.0
+    assert json.loads(folder.timing_file.read_text()) == {"step": 1, "seconds": 10.0}
     assert [record["step"] for record in folder.metrics()] == [1]
 
 
@@ -168,7 +172,7 @@ def test_missing_metrics_are_named(tmp_path):
     folder.save_state(1, {})
     folder.metrics_file.unlink()
     with pytest.raises(ValueError, match=r"metrics.jsonl must have at least the 28 bytes that it had when .*, got 0;"):
-        folder.rewind(folder.load_state()[0]["lengths"])
+        folder.rewind(folder.load_state()[0]["metrics_bytes"], step=1)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
