@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kdvit import Distiller, Student, Teacher, Trainer, Training, create_model
+from kdvit import Distiller, Student, Teacher, Training, create_model
 from kdvit.data import FASHION_MNIST_TRANSFORM, open_data
 from kdvit.losses import KD
-from kdvit.training import transform_for
+from kdvit.training import Stage, run_stages, transform_for
 from kdvit.training.arguments import parse
 
 
@@ -36,6 +36,7 @@ class Settings:
         weight_decay: of AdamW.
         temperature: of the KD loss.
         kd_weight: weight of the KD loss beside the cross-entropy.
+        resume: go on in the run folder, in the middle of whichever part was stopped.
         seed: of everything that is random.
         smoke: a few images and steps, to see that it runs.
     """
@@ -52,6 +53,7 @@ class Settings:
     weight_decay: float = 0.05
     temperature: float = 4.0
     kd_weight: float = 1.0
+    resume: bool = False
     seed: int = 0
     smoke: bool = False
 
@@ -79,23 +81,28 @@ def main(settings: Settings) -> None:
     # Whole images first, from which a ViT with patches of 7 pixels learns fast; then a warm restart on shifted crops,
     # which it cannot learn by heart; then whole images again, as the test images are.
     crops = transform_for(student)
-    stages = (
-        (settings.epochs, settings.lr, FASHION_MNIST_TRANSFORM),
-        (settings.crop_epochs, settings.crop_lr, crops),
-        (settings.last_epochs, settings.last_lr, FASHION_MNIST_TRANSFORM),
+    parts = (
+        ("whole", settings.epochs, settings.lr, FASHION_MNIST_TRANSFORM),
+        ("crops", settings.crop_epochs, settings.crop_lr, crops),
+        ("whole-again", settings.last_epochs, settings.last_lr, FASHION_MNIST_TRANSFORM),
     )
-    for number, (epochs, lr, transform) in enumerate(stages, start=1):
-        distiller = Distiller(teacher, student, losses=[(settings.kd_weight, KD(settings.temperature))])
-        training = Training(
-            epochs=1 if settings.smoke else epochs,
-            batch_size=min(settings.batch_size, len(data.train) // 2),
-            lr=lr,
-            weight_decay=settings.weight_decay,
-            clip_norm=1.0,
-            seed=settings.seed + number - 1,  # other orders and flips in each
+    stages = [
+        Stage(
+            name,
+            lambda: Distiller(teacher, student, losses=[(settings.kd_weight, KD(settings.temperature))]),
+            Training(
+                epochs=1 if settings.smoke else epochs,
+                batch_size=min(settings.batch_size, len(data.train) // 2),
+                lr=lr,
+                weight_decay=settings.weight_decay,
+                clip_norm=1.0,
+                seed=settings.seed + number,  # other orders and flips in each
+            ),
+            transform,
         )
-        folder, title = f"{settings.output}/{number}", f"vit teacher {number}"
-        result = Trainer(distiller, data, training, folder, transform=transform, title=title).fit()
+        for number, (name, epochs, lr, transform) in enumerate(parts)
+    ]
+    result = run_stages(stages, data, settings.output, resume=settings.resume)[-1]
     print(f"top-1 {result.top1:.2f} % on {len(data.test)} test images")
 
 

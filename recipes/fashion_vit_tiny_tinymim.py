@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kdvit import Distiller, Student, Teacher, Trainer, Training, create_model
+from kdvit import Distiller, Student, Teacher, Training, create_model
 from kdvit.data import FASHION_MNIST_TRANSFORM, open_data
 from kdvit.losses import TinyMIM
+from kdvit.training import Stage, run_stages
 from kdvit.training.arguments import parse
 
 
@@ -31,6 +32,7 @@ class Settings:
         pretraining_lr: peak learning rate of AdamW.
         finetuning_lr: peak learning rate of AdamW.
         teacher_block: block of the teacher whose relations are learnt; the blocks behind it do not run.
+        resume: go on in the run folder, in the middle of whichever part was stopped.
         seed: of everything that is random.
         smoke: a few images and steps, to see that it runs.
     """
@@ -43,6 +45,7 @@ class Settings:
     pretraining_lr: float = 2e-3
     finetuning_lr: float = 2e-3
     teacher_block: int = -1
+    resume: bool = False
     seed: int = 0
     smoke: bool = False
 
@@ -67,36 +70,33 @@ def main(settings: Settings) -> None:
     batch_size = 32 if settings.smoke else settings.batch_size
 
     relations = TinyMIM(student_block=-1, teacher_block=settings.teacher_block)
-    pretraining = Distiller(Teacher("fashion_mnist_vit"), student, losses=[relations], task_loss=None)
-    Trainer(
-        pretraining,
+    pretraining = Training(
+        epochs=1 if settings.smoke else settings.pretraining_epochs,
+        batch_size=batch_size,
+        lr=settings.pretraining_lr,
+        betas=(0.9, 0.95),
+        seed=settings.seed,
+    )
+    finetuning = Training(
+        epochs=1 if settings.smoke else settings.finetuning_epochs,
+        batch_size=batch_size,
+        lr=settings.finetuning_lr,
+        seed=settings.seed,
+    )
+    run_stages(
+        [
+            Stage(
+                "pretraining",
+                lambda: Distiller(Teacher("fashion_mnist_vit"), student, losses=[relations], task_loss=None),
+                pretraining,
+                FASHION_MNIST_TRANSFORM,
+            ),
+            Stage("finetuning", lambda: Distiller(None, student, losses=[]), finetuning, FASHION_MNIST_TRANSFORM),
+        ],
         data,
-        Training(
-            epochs=1 if settings.smoke else settings.pretraining_epochs,
-            batch_size=batch_size,
-            lr=settings.pretraining_lr,
-            betas=(0.9, 0.95),
-            seed=settings.seed,
-        ),
-        f"{settings.output}/pretraining",
-        transform=FASHION_MNIST_TRANSFORM,
-        title="pretraining",
-    ).fit()
-
-    finetuning = Distiller(None, student, losses=[])
-    Trainer(
-        finetuning,
-        data,
-        Training(
-            epochs=1 if settings.smoke else settings.finetuning_epochs,
-            batch_size=batch_size,
-            lr=settings.finetuning_lr,
-            seed=settings.seed,
-        ),
-        f"{settings.output}/finetuning",
-        transform=FASHION_MNIST_TRANSFORM,
-        title="finetuning",
-    ).fit()
+        settings.output,
+        resume=settings.resume,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ import pytest
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
 #: Run folders inside the one that a recipe is given, where it trains more than once.
-PARTS = {"fashion_teacher_vit": ("1", "2", "3"), "fashion_vit_tiny_tinymim": ("pretraining", "finetuning")}
+PARTS = {
+    "fashion_teacher_vit": ("1-whole", "2-crops", "3-whole-again"),
+    "fashion_vit_tiny_tinymim": ("1-pretraining", "2-finetuning"),
+}
 
 
 def test_every_recipe_is_collected():

@@ -23,7 +23,7 @@ def check_trackers(names: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"Training: unknown tracker '{name}'{nearest(name, LOGGER_TYPE_TO_CLASS) or ';'} Known: {known}."
             )
-        if name not in get_available_trackers():
+        if name not in map(str, get_available_trackers()):
             raise ValueError(f"Training: tracker '{name}' must be installed; pip install {name.replace('_', '-')}.")
     return list(names)
 

@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
-from kdvit.cache.teacher import StoredTeacher
 from kdvit.cache.fingerprint import of_job
+from kdvit.cache.teacher import StoredTeacher
 from kdvit.cost import device_name
 from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
 from kdvit.data.randomness import legacy_generator
@@ -216,6 +216,11 @@ class Trainer:
     def student(self) -> nn.Module:
         """The model that is evaluated and saved: the average of its weights where there is one."""
         return self.ema.module if self.ema is not None else self.plain.deployable
+
+    def adopt_average(self) -> None:
+        """Give the student itself the average of its weights, where there is one: what comes next starts from it."""
+        if self.ema is not None:
+            self.plain.deployable.load_state_dict(self.ema.module.state_dict())
 
     # The run
 
