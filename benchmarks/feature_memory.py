@@ -17,15 +17,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from measuring import PeakMemory, Step, interleaved, ratios
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from kdvit.cost import device_name
 from kdvit.losses import Loss, make
@@ -196,7 +195,7 @@ def crd(name: str, batch_size: int, device: torch.device, num_samples: int = 500
 SUBJECTS = {"tinymim": relations, "minilm": relations, "attndistill": attndistill, "nst": nst, "crd": crd}
 
 
-def step_of(value: Value, leaves: Mapping[str, Tensor]) -> Callable[[], None]:
+def step_of(value: Value, leaves: Mapping[str, Tensor]) -> Step:
     """Forward and backward; gradients of the step before are gone first."""
 
     def step() -> None:
@@ -219,26 +218,20 @@ def check(name: str, subject: Subject) -> None:
             raise SystemExit(f"{name}: '{what}' of the two versions differs by {difference:.1e} of the largest entry")
 
 
-def held(step: Callable[[], None], subject: Subject, device: torch.device) -> tuple[int, int | None]:
+def held(step: Step, subject: Subject, device: torch.device) -> tuple[int, int | None]:
     """Of a step, beyond the inputs: bytes held at most, and attention-sized tensors alive at once (None on CUDA).
 
     Gradients of the step before do not count.
     """
     for x in subject.leaves.values():
         x.grad = None
+    with PeakMemory(device) as peak:
+        step()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return peak.num_bytes, None
     size = 4 * subject.unit
-    return max(accumulate(changes)), max(accumulate([(x > 0) - (x < 0) if abs(x) >= size else 0 for x in changes]))
+    large = [(x > 0) - (x < 0) if abs(x) >= size else 0 for x in peak.changes]
+    return peak.num_bytes, max(accumulate(large))
 
 
 def measure(name: str, subject: Subject, rounds: int, device: torch.device) -> str:
@@ -246,20 +239,13 @@ def measure(name: str, subject: Subject, rounds: int, device: torch.device) -> s
     check(name, subject)
     steps = [step_of(value, subject.leaves) for value in (subject.ours, subject.plain)]
     peaks = [held(step, subject, device) for step in steps]
-    times: list[list[float]] = [[], []]
-    for number in range(rounds):
-        for which in (0, 1) if number % 2 else (1, 0):
-            started = time.perf_counter()
-            steps[which]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[which].append(time.perf_counter() - started)
-    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    times = interleaved(dict(zip(("ours", "plain"), steps, strict=True)), rounds)
+    ours, plain = (1e3 * statistics.median(values) for values in times.values())
+    ratio = statistics.median(ratios(times["ours"], times["plain"]))
     memory = " | ".join(f"{size / MIB:.1f} MiB, {'-' if number is None else number}" for size, number in peaks)
     return (
         f"| `{name}` | {4 * subject.unit / MIB:.1f} MiB | {memory} | {peaks[0][0] / peaks[1][0]:.3f} | "
-        f"{1e3 * statistics.median(times[0]):.0f} ms | {1e3 * statistics.median(times[1]):.0f} ms | {ratio:.3f} | "
-        f"{subject.note} |"
+        f"{ours:.0f} ms | {plain:.0f} ms | {ratio:.3f} | {subject.note} |"
     )
 
 

@@ -9,14 +9,13 @@ import argparse
 import inspect
 import json
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import PeakMemory, Step, interleaved, ratios, seconds_of
 
 from kdvit import Bilevel, Distiller, Progress, Student, Teacher, Trainer, Training, calibrate, create_model
 from kdvit.cli.quickstart import STUDENT
@@ -114,7 +113,7 @@ def train(job: Job, name: str, seed: int, runs: Path, data: ImageData) -> dict[s
 # Cost
 
 
-def make_step(method: Method, runs: Path, batch_size: int) -> tuple[Callable[[], None], int]:
+def make_step(method: Method, runs: Path, batch_size: int) -> tuple[Step, int]:
     """One training step on a fixed batch, bilevel step included where it is due; and after how many it is due again."""
     subject = distiller(method, 0, runs).train()
     subject.allocate(8000)
@@ -140,26 +139,11 @@ def make_step(method: Method, runs: Path, batch_size: int) -> tuple[Callable[[],
     return step, max((subject.losses[key].meta_interval for key in bilevel.optimizers), default=1)
 
 
-def seconds_of(step: Callable[[], None], count: int) -> float:
-    started = time.perf_counter()
-    for _ in range(count):
-        step()
-    return (time.perf_counter() - started) / count
-
-
-def peak_memory(step: Callable[[], None]) -> int:
+def peak_memory(step: Step) -> int:
     """Bytes that torch's allocator holds at most during a step, beyond what it held before."""
-    with tempfile.TemporaryDirectory() as temporary:
-        trace = Path(temporary) / "trace.json"
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+    with PeakMemory() as peak:
+        step()
+    return peak.num_bytes
 
 
 def cost(job: Job, runs: Path, rounds: int, batch_size: int) -> dict[str, dict[str, float]]:
@@ -171,16 +155,11 @@ def cost(job: Job, runs: Path, rounds: int, batch_size: int) -> dict[str, dict[s
     for name, method in job.methods.items():
         step, period = make_step(method, runs, batch_size)
         seconds_of(step, 10)
-        ratios, milliseconds = [], []
-        for number in range(rounds):
-            pair = [step, reference] if number % 2 else [reference, step]
-            # As many steps as a bilevel interval is long, so that each round holds one.
-            times = {run: seconds_of(run, 10) for run in pair}
-            ratios.append(times[step] / times[reference])
-            milliseconds.append(1e3 * times[step])
+        # As many steps as a bilevel interval is long, so that each round holds one.
+        times = interleaved({"step": step, "reference": reference}, rounds, 10)
         found[name] = {
-            "time": statistics.median(ratios),
-            "milliseconds": statistics.median(milliseconds),
+            "time": statistics.median(ratios(times["step"], times["reference"])),
+            "milliseconds": 1e3 * statistics.median(times["step"]),
             "memory": max(peak_memory(step) for _ in range(period)) / base,
         }
         print(f"{name}: {found[name]}", flush=True)

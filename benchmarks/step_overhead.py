@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 
 import timm
 import torch
+from measuring import Step, interleaved, ratios, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kdvit
 from kdvit.cost import device_name
 from kdvit.losses import KD, TinyMIM, ViTKD
-
-Step = Callable[[], None]
 
 
 def hand_written_kd(student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor) -> Step:
@@ -108,23 +106,22 @@ def compare(name: str, ours: Step, theirs: Step, models: tuple[nn.Module, nn.Mod
             raise SystemExit(f"{name}: only one of both loops gives '{key}' a gradient")
         if gradient is not None and not torch.allclose(gradient, other, rtol=1e-3, atol=1e-6):
             raise SystemExit(f"{name}: gradients of '{key}' differ by {(gradient - other).abs().max():.2e}")
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for index in range(rounds + 1):
-        pair = [("ours", ours, models[0]), ("theirs", theirs, models[1])]
-        for which, step, model in pair if index % 2 else reversed(pair):
-            started = time.perf_counter()
+
+    def cleared(step: Step, model: nn.Module) -> Step:
+        def run() -> None:
             step()
-            if model.head.weight.is_cuda:
-                torch.cuda.synchronize()
-            if index:  # the first round warms up
-                times[which].append(time.perf_counter() - started)
             model.zero_grad()
+
+        return run
+
+    steps = {"ours": cleared(ours, models[0]), "theirs": cleared(theirs, models[1])}
+    interleaved(steps, 1)  # warms up
+    times = interleaved(steps, rounds)
     medians = {which: statistics.median(values) for which, values in times.items()}
-    ratios = sorted(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
     print(
         f"{name:<8} Distiller {medians['ours'] * 1e3:8.1f} ms  hand-written {medians['theirs'] * 1e3:8.1f} ms  "
         f"ratio of medians {medians['ours'] / medians['theirs']:.3f}  "
-        f"median of paired ratios {statistics.median(ratios):.3f} ({ratios[0]:.3f}..{ratios[-1]:.3f})"
+        f"median of paired ratios {spread(ratios(times['ours'], times['theirs']))}"
     )
 
 
