@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bilevel": "kdvit.bilevel",
     "Distiller": "kdvit.distiller",
+    "StoredTeacher": "kdvit.cache",
     "Student": "kdvit.wrappers",
     "Teacher": "kdvit.wrappers",
     "Trainer": "kdvit.training",
@@ -25,7 +26,7 @@ _HOMES = {
     "save_model": "kdvit.models",
     "Progress": "kdvit.signals",
 }
-_PACKAGES = ("losses", "data", "training", "models", "schedules", "signals", "generation")
+_PACKAGES = ("losses", "data", "training", "models", "schedules", "signals", "generation", "cache")
 
 __all__ = ["__version__", *_HOMES, *_PACKAGES]
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from kdvit.cache.teacher import StoredTeacher
 from kdvit.cost import human, num_macs, num_parameters
 from kdvit.deployment import DeployedStudent
 from kdvit.losses.loss import SIDES, Loss, split_input
@@ -84,11 +85,13 @@ def _trained(loss: Loss) -> list[nn.Parameter]:
     return [*meta, *(p for p in loss.parameters() if p.requires_grad)]
 
 
-def _model_row(wrapper: Wrapper) -> tuple[str, ...]:
+def _model_row(wrapper: Wrapper | StoredTeacher) -> tuple[str, ...]:
     size = "x".join(map(str, wrapper.input_size))
     normalisation = "not known"
     if wrapper.normalisation:
         normalisation = " / ".join(",".join(f"{value:.3g}" for value in values) for values in wrapper.normalisation)
+    if isinstance(wrapper, StoredTeacher):
+        return wrapper.name, size, human(wrapper.num_parameters), "stored", normalisation
     macs = human(num_macs(wrapper.model, wrapper.input_size))
     return wrapper.name, size, human(num_parameters(wrapper.model)), macs, normalisation
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 from kdvit.bridge import ImageBridge
+from kdvit.cache.teacher import StoredRows, StoredTeacher
 from kdvit.deployment import DeployedStudent
 from kdvit.losses.each_teacher import EachTeacher
 from kdvit.losses.factory import make
@@ -29,10 +31,14 @@ from kdvit.losses.loss import (
 )
 from kdvit.losses.precision import at_least_float32
 from kdvit.models import uncompiled
-from kdvit.signals import ModelInfo, Progress, SignalInfo
+from kdvit.signals import CLASS_SIGNALS, ModelInfo, Progress, SignalInfo
 from kdvit.taps.probing import probe
 from kdvit.taps.reader import Request, model_info, pick, requests_of
 from kdvit.wrappers import Student, Teacher
+
+if TYPE_CHECKING:
+    from kdvit.checkup import Checkup, Plan
+    from kdvit.data import ImageData
 
 Weight = float | Callable[[Progress], float]
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -46,11 +52,20 @@ class DistillerOutput:
         loss: what to call ``backward()`` on.
         losses: every term by name, unweighted and without a graph: ``task``, ``dkd``, ``vitkd.mimic``, ...
         logits: the student's logits, without a graph, for metrics. Own objectives go into ``task_loss``.
+        weighted: every term by name, times its weight and with its graph: they sum to ``loss``, and the graph is
+            the same one, which ``loss.backward()`` frees. For `kdvit.training.gradient_share`. Empty in a compiled
+            step.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     logits: Tensor | None
+    weighted: dict[str, Tensor]
+
+
+# FSDP2 looks for the tensors that a backward pass starts from in what the forward pass returned, by torch's pytrees. It
+# would find none in an unknown class, and share out no gradient.
+register_pytree_node(DistillerOutput, lambda output: (list(vars(output).values()), None), lambda x, _: DistillerOutput(*x))
 
 
 class Distiller(nn.Module):
@@ -62,8 +77,9 @@ class Distiller(nn.Module):
     ``state_dict()``, but moves with ``.to()``.
 
     Args:
-        teacher: a `Teacher`, any nn.Module, or a model name; None where no loss needs one. A list of them: losses of
-            one teacher are then averaged over all (`kdvit.losses.EachTeacher`), those of several read all together.
+        teacher: a `Teacher`, any nn.Module, or a model name; a `kdvit.cache.StoredTeacher`; None where no loss needs
+            one. A list of them: losses of one teacher are then averaged over all (`kdvit.losses.EachTeacher`), those of
+            several read all together.
         student: a `Student`, any nn.Module, or a model name.
         losses: each a `Loss`, a registered name, or a pair (weight, loss). A weight is a number, or a function
             of `kdvit.signals.Progress`.
@@ -77,6 +93,8 @@ class Distiller(nn.Module):
             (`reads_second_view`).
         sample_ids: (B,) whole numbers that name the images, where a loss asks for them.
         progress: where training stands, where a weight or a loss follows a schedule.
+        stored: what the loader gives of stored teachers, see `stored_rows`; where it is left out, they read their rows
+            themselves, by ``sample_ids`` and the epoch of ``progress``.
 
     Raises:
         ValueError: anything that does not fit together; all of it is checked here, before the first batch.
@@ -93,7 +111,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: Teacher | nn.Module | str | Sequence[Teacher | nn.Module | str] | None,
+        teacher: Teacher | StoredTeacher | nn.Module | str | Sequence[Teacher | StoredTeacher | nn.Module | str] | None,
         student: Student | nn.Module | str,
         losses: Sequence[Loss | str | tuple[Weight, Loss | str]],
         task_loss: str | TaskLoss | None = "cross_entropy",
@@ -104,7 +122,7 @@ class Distiller(nn.Module):
         teachers = _listed(teacher)
         for each in teachers:
             _refuse_shared(each, student)  # before Teacher freezes the weights that it would share
-        teachers = [each if isinstance(each, Teacher) else Teacher(each) for each in teachers]
+        teachers = [each if isinstance(each, (Teacher, StoredTeacher)) else Teacher(each) for each in teachers]
         self.student = student.own()
         # In a tuple nn.Module does not see them: no parameters, no checkpoint entries, nothing for DDP to wrap.
         self.teachers = tuple(each.own() for each in teachers)
@@ -167,6 +185,12 @@ class Distiller(nn.Module):
     def _check_objective(self) -> None:
         if not self.losses and self.task_loss is None:
             raise ValueError("Distiller: there must be something to minimise, got no loss and task_loss=None; add one.")
+        replayed = {each.augmentation_epochs for each in self._stored.values()}
+        if len(replayed) > 1:
+            raise ValueError(
+                f"Distiller: stored teachers must replay equally many epochs, got {sorted(map(str, replayed))}; build "
+                "them with the same --augmentation-epochs."
+            )
         readers = [name for name, loss in self.losses.items() if reads_teacher(loss)]
         if readers and not self.teachers:
             raise ValueError(f"Distiller: loss '{readers[0]}' reads the teacher, got teacher=None; pass a teacher.")
@@ -197,6 +221,7 @@ class Distiller(nn.Module):
         #: What each model gives: of the student, and of each teacher.
         self.signals = {"student": [student], "teacher": []}
         for teacher in self.teachers:
+            self._check_stored(teacher)
             signals = teacher.listen(self._requests("teacher"))
             taught = signals.get(Request("logits"))
             if classes is not None and taught is not None and classes.dim != taught.dim:
@@ -210,6 +235,12 @@ class Distiller(nn.Module):
             loss.build(*self._infos(name))
             # Projectors follow the student: a Distiller may be built from models that are on a device already.
             loss.to(self._device)
+
+    def _check_stored(self, teacher: Teacher | StoredTeacher) -> None:
+        if isinstance(teacher, StoredTeacher):
+            for name, wanted in self.needs["teacher"].items():
+                requests = [request for each in wanted.items() for request in requests_of(*each)]
+                teacher.check_loss(name, self.losses[name], requests)
 
     def _infos(self, name: str) -> tuple[ModelInfo, ModelInfo | tuple[ModelInfo, ...]]:
         """What a loss is built for."""
@@ -276,12 +307,15 @@ class Distiller(nn.Module):
         parameter = next(self.student.parameters(), torch.zeros(()))
         labels = self._blank_labels(2, parameter.device)
         sample_ids = torch.arange(2, device=parameter.device)
+        stored = {str(number): teacher.some_rows(2) for number, teacher in self._stored.items()}
         reached: set[int] = set()
 
         def run(images: Tensor) -> None:
             with torch.enable_grad():
                 second = images if self.reads_second_view else None
-                out = self(images, labels, second_images=second, sample_ids=sample_ids, progress=Progress())
+                out = self(
+                    images, labels, second_images=second, sample_ids=sample_ids, progress=Progress(), stored=stored
+                )
                 reached.update(_leaves(out.loss))
 
         try:
@@ -323,9 +357,26 @@ class Distiller(nn.Module):
             wrapper.deafen()
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | StoredTeacher | None:
         """The teacher, the first of several; None where there is none."""
         return self.teachers[0] if self.teachers else None
+
+    @property
+    def _stored(self) -> dict[int, StoredTeacher]:
+        return {number: each for number, each in enumerate(self.teachers) if isinstance(each, StoredTeacher)}
+
+    @property
+    def stored_rows(self) -> StoredRows | None:
+        """What a loader asks for the rows of stored teachers, ``make_loader(..., rows=distiller.stored_rows)``.
+
+        The batch's ``"rows"`` are then the step's ``stored``. None where no teacher is stored.
+        """
+        return StoredRows(self._stored) if self._stored else None
+
+    @property
+    def augmentation_epochs(self) -> int | None:
+        """How many epochs of augmentation stored teachers ask to replay, for `kdvit.data.make_loader`; None for all."""
+        return next((teacher.augmentation_epochs for teacher in self._stored.values()), None)
 
     @property
     def reads_second_view(self) -> bool:
@@ -342,10 +393,11 @@ class Distiller(nn.Module):
         second_images: Tensor | None = None,
         sample_ids: Tensor | None = None,
         progress: Progress | None = None,
+        stored: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> DistillerOutput:
         self._check_batch(images, labels)
         self._check_calibrated()
-        taught = [teacher(images) for teacher in self.teachers]
+        taught = self._taught(images, sample_ids, progress, stored)
         logits, learned = self.student(images)
         views = [{"student": [learned], "teacher": taught}]
         if self.reads_second_view:
@@ -353,17 +405,42 @@ class Distiller(nn.Module):
         context = {"labels": labels, "images": images, "sample_ids": sample_ids, "progress": progress}
 
         terms: dict[str, Tensor] = {}
-        total: Tensor | float = 0.0
+        weighted: dict[str, Tensor] = {}
         if self.task_loss is not None:
             terms["task"] = _parts("task", self.task_loss(learned[Request("logits")], labels))["task"]
-            total = total + self._weight("task", progress) * terms["task"]
+            weighted["task"] = self._weight("task", progress) * terms["task"]
         for name, loss in self.losses.items():
             weight = self._weight(name, progress)
             for part, scalar in _parts(name, loss(**self._inputs(name, loss, views, context))).items():
-                terms[part] = scalar
-                total = total + weight * scalar
+                terms[part], weighted[part] = scalar, weight * scalar
         losses = {name: value.detach() for name, value in terms.items()}
-        return DistillerOutput(total, losses, logits.detach() if logits is not None else None)
+        return DistillerOutput(
+            loss=sum(weighted.values()),
+            losses=losses,
+            logits=logits.detach() if logits is not None else None,
+            # Several outputs with a graph do not survive torch.compile, which hands equal tensors (1.0 * x) out as one.
+            weighted={} if torch.compiler.is_compiling() else weighted,
+        )
+
+    def _taught(
+        self,
+        images: Tensor,
+        sample_ids: Tensor | None,
+        progress: Progress | None,
+        stored: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> list[dict[Request, Any]]:
+        """The signals of each teacher."""
+        if self._stored and stored is None:
+            if sample_ids is None or progress is None:
+                raise ValueError(
+                    "Distiller: a stored teacher needs to know which rows are asked for; call distiller(..., "
+                    'stored=batch["rows"]), or give sample_ids= and progress=.'
+                )
+            stored = {str(n): each.rows(sample_ids, int(progress.epoch)) for n, each in self._stored.items()}
+        return [
+            teacher(images, stored[str(number)]) if isinstance(teacher, StoredTeacher) else teacher(images)
+            for number, teacher in enumerate(self.teachers)
+        ]
 
     def _second_view(self, images: Tensor, second_images: Tensor | None) -> dict[str, list[Mapping[Request, Any]]]:
         if second_images is None:
@@ -481,6 +558,13 @@ class Distiller(nn.Module):
         """
         return self._deployable
 
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the student's accuracy means anything: a feature-only objective leaves its classifier as it was."""
+        read = [split_input(name) for loss in self.losses.values() for name in loss.inputs()]
+        reads_logits = any(side == "student" and signal in CLASS_SIGNALS for side, signal in read)
+        return self.task_loss is not None or reads_logits or self.deployable is not self.student.model
+
     def no_weight_decay(self) -> set[str]:
         """Names that timm's optimizer factory leaves without weight decay: what the student says, and mask tokens."""
         own = getattr(self.student.model, "no_weight_decay", set)()
@@ -494,19 +578,39 @@ class Distiller(nn.Module):
 
         return describe(self)
 
+    def check(
+        self,
+        batches: Iterable[Any],
+        *,
+        num_batches: int = 5,
+        sample: Iterable[Any] | None = None,
+        data: ImageData | None = None,
+        plan: Plan | None = None,
+    ) -> Checkup:
+        """Look the coming training over on a few batches, (images, labels) or dicts of a loader; nothing is changed.
+
+        ``print`` the result, and ask ``.ok``: see `kdvit.checkup.check`, which has the arguments in full.
+        """
+        from kdvit.checkup import check
+
+        return check(self, batches, num_batches=num_batches, sample=sample, data=data, plan=plan)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Distiller:
         for teacher in self.teachers:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
 
-def _listed(teacher: Teacher | nn.Module | str | Sequence[Teacher | nn.Module | str] | None) -> list:
+def _listed(teacher: Teacher | StoredTeacher | nn.Module | str | Sequence[Teacher | nn.Module | str] | None) -> list:
     """The teachers as a list."""
     if teacher is None:
         return []
     teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
-    # A name is equal to itself; another wrapper around the same model teaches the same.
-    models = [each.model if isinstance(each, Teacher) else each for each in teachers]
+    # A name is equal to itself; another wrapper around the same model, or another reader of a folder, teaches the same.
+    models = [
+        each.model if isinstance(each, Teacher) else each.folder if isinstance(each, StoredTeacher) else each
+        for each in teachers
+    ]
     if not teachers or any(each in models[:index] for index, each in enumerate(models)):
         got = "none" if not teachers else "one of them twice"
         raise ValueError(f"Distiller: the list of teachers must name different ones, got {got}; name each once.")

@@ -93,6 +93,12 @@ def why(error: BaseException) -> str:
     return os.strerror(int(code[1])) if code else (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _umask() -> int:
+    mask = os.umask(0)  # which there is no other way to ask for
+    os.umask(mask)
+    return mask
+
+
 def _emptied(path: Path) -> Path:
     """A place for a temporary folder, without what an earlier process may have left there."""
     shutil.rmtree(path, ignore_errors=True)
@@ -100,7 +106,9 @@ def _emptied(path: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk; and let others read it as they may any new file."""
+    if path.is_file():  # safetensors writes files that only their owner may read
+        path.chmod(0o666 & ~_umask())
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -140,6 +140,7 @@ def save_model(
     *,
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     class_names: Sequence[str] = (),
+    input_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Save a model as timm does: ``model.safetensors`` and ``config.json``.
 
@@ -152,6 +153,7 @@ def save_model(
         folder: made if missing.
         normalisation: (mean, std) of the images that it was trained on.
         class_names: names of its classes.
+        input_size: (channels, height, width) of those images; a model that takes any size does not know it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +162,9 @@ def save_model(
     if hasattr(plain, "pretrained_cfg"):
         from timm.models import save_for_hf
 
-        data_config = dict(zip(("mean", "std"), normalisation, strict=True)) if normalisation else None
+        data_config = dict(zip(("mean", "std"), normalisation, strict=True)) if normalisation else {}
+        if input_size is not None:
+            data_config |= {"input_size": tuple(input_size), "test_input_size": tuple(input_size)}
         model_config = {"label_names": list(class_names)} if class_names else {}
         if deployed:
             model_config[CONFIG_KEY] = deployment_config(model)

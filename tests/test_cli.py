@@ -125,7 +125,7 @@ def test_list_data(capsys):
 def test_the_console_script_and_the_module_are_the_same():
     done = subprocess.run([sys.executable, "-m", "kdvit", "lst"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "kdvit: unknown command 'lst'; did you mean 'list'? Known: quickstart, distill, list.\n"
+    assert done.stderr == f"kdvit: unknown command 'lst'; did you mean 'list'? Known: {', '.join(COMMANDS)}.\n"
 
 
 # Distil
@@ -271,8 +271,8 @@ def test_an_error_of_a_loader_process_is_one_line(distill, images, tmp_path, cap
 
 
 MISTAKES = {
-    "command": (["distil"], "unknown command 'distil'; did you mean 'distill'? Known: quickstart, distill, list."),
-    "far": (["zzz"], "unknown command 'zzz'; Known: quickstart, distill, list."),
+    "command": (["distil"], f"unknown command 'distil'; did you mean 'distill'? Known: {', '.join(COMMANDS)}."),
+    "far": (["zzz"], f"unknown command 'zzz'; Known: {', '.join(COMMANDS)}."),
     "list": (["list", "loses"], "argument what: invalid choice: 'loses' (choose from "),
     "word": (["list", "losses", "zzz"], "list: no losses have 'zzz' in their name; leave the word out."),
     "nothing": (
@@ -412,7 +412,7 @@ DISTILL_MISTAKES = {
         "--class-map: 'dict.json' must hold a list of whole numbers, got {'0': 1};",
     ),
     "short map": (["--class-map", "short.json"], {}, "Distiller: teacher 'vit_tiny_patch16_224' "),
-    "output": ([], {"output": "text"}, "run folder 'text' cannot be made (File exists); choose another."),
+    "output": ([], {"output": "text"}, "run folder 'text' cannot be written (File exists); choose another."),
     "unknown option": (
         ["--los", "kd"],
         {},

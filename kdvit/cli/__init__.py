@@ -15,6 +15,11 @@ from kdvit.signals import nearest
 COMMANDS = {
     "quickstart": ("kdvit.cli.quickstart", "train a small ViT alone and distilled, on images inside the package"),
     "distill": ("kdvit.cli.distill", "distil a teacher into a student on your images"),
+    "evaluate": ("kdvit.cli.evaluate", "how good a student is, and how close to its teacher"),
+    "compare": ("kdvit.cli.compare", "the student alone and distilled, over several seeds"),
+    "doctor": ("kdvit.cli.doctor", "look such a training over before it starts, on a few batches"),
+    "report": ("kdvit.cli.report", "one page to look at: curves, maps, layers, of one run or several"),
+    "cache": ("kdvit.cli.cache", "store what a teacher says, and train without running it"),
     "list": ("kdvit.cli.listing", "what there is: losses, models, data"),
 }
 
@@ -41,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         return _fail(f"unknown command '{argv[0]}'{nearest(argv[0], COMMANDS) or ';'} Known: {', '.join(COMMANDS)}.")
     try:
-        import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        # A command that finds something wrong, but does what it was asked, says so by a code of its own.
+        return import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
     except (ValueError, TypeError, RuntimeError) as error:
         if os.environ.get("KDVIT_TRACEBACK"):
             raise

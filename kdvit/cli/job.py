@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from kdvit.cache.teacher import StoredTeacher
 from kdvit.cli.options import parse_loss, parse_options, parse_weight
 from kdvit.cli.parser import Parser
 from kdvit.data import ImageData, open_data
@@ -39,8 +40,8 @@ class Job:
         return open_data(self.arguments.data)
 
     @cached_property
-    def teachers(self) -> list[Teacher]:
-        return _teachers(self.arguments)
+    def teachers(self) -> list[Teacher | StoredTeacher]:
+        return _stored(self.arguments, _teachers(self.arguments))
 
     def student(self, seed: int | None = None) -> Student:
         """A new student, with weights of ``--seed`` unless another is given."""
@@ -60,8 +61,8 @@ class Job:
         )
 
 
-def add_job_arguments(parser: Parser) -> None:
-    """The options of `Job`: data, models, losses and every setting of `Training`."""
+def add_job_arguments(parser: Parser, skip: Sequence[str] = ()) -> None:
+    """The options of `Job`: data, models, losses and every setting of `Training`, but those to ``skip``."""
     add = parser.add_argument_group("what").add_argument
     add("--data", required=True, help="`kdvit list data`: a built-in name, a folder, a parquet file, a hub name")
     add(
@@ -73,6 +74,13 @@ def add_job_arguments(parser: Parser) -> None:
     add("--teacher-checkpoint", help="weights of the teacher (safetensors or torch), instead of the published ones")
     add("--teacher-options", default="", help="NAME=VALUE,... for timm.create_model")
     add("--class-map", help="JSON file: a list with the teacher's class for each class of the data")
+    add(
+        "--stored-teacher",
+        action="append",
+        metavar="FOLDER",
+        help="made by `kdvit cache build`: takes the place of the --teacher that it was made of, or stands alone; "
+        "repeatable",
+    )
     add("--student", required=True, help="a timm name, or a folder that was saved")
     add("--student-options", default="", help="NAME=VALUE,... for timm.create_model, such as img_size=32,patch_size=4")
     add("--student-pretrained", action="store_true", help="start from published weights, not from random ones")
@@ -80,7 +88,8 @@ def add_job_arguments(parser: Parser) -> None:
         help="`kdvit list losses`; may be repeated; kd:temperature=2,standardize=True [kd]")  # fmt: skip
     add("--task-weight", default="1.0", help="weight of the cross-entropy with the labels, or a schedule [%(default)s]")
     add("--no-task-loss", action="store_true", help="learn from the teacher alone")
-    add_arguments(parser.add_argument_group("training"), Training)
+    add_arguments(parser.add_argument_group("training"), Training, skip)
+    parser.set_defaults(**{name: getattr(Training, name) for name in skip})
     parser.set_defaults(epochs=None)  # so that --steps alone is not taken for both
 
 
@@ -111,6 +120,25 @@ def _teachers(arguments: argparse.Namespace) -> list[Teacher]:
     ]
 
 
+def _stored(arguments: argparse.Namespace, teachers: list[Teacher]) -> list[Teacher | StoredTeacher]:
+    """The teachers, stored ones in the places of those that they were made of."""
+    stored = [StoredTeacher(folder) for folder in arguments.stored_teacher or []]
+    if not teachers:
+        return list(stored)
+    found: list[Teacher | StoredTeacher] = list(teachers)
+    for one in stored:
+        places = [place for place, each in enumerate(found) if isinstance(each, Teacher) and one.is_of(each)]
+        if not places:
+            if len(teachers) == 1:
+                one.check_teacher(teachers[0])
+            raise ValueError(
+                f"--stored-teacher: '{one.folder}' must be made of one of the --teacher, each stored once, got one of "
+                f"'{one.name}'; name that teacher too, or no --teacher at all."
+            )
+        found[places[0]] = one
+    return found
+
+
 def _class_map(path: str) -> list[int]:
     try:
         numbers = json.loads(Path(path).read_text())
@@ -125,7 +153,9 @@ def _class_map(path: str) -> list[int]:
     return numbers
 
 
-def _student(arguments: argparse.Namespace, num_classes: int, teachers: Sequence[Teacher], seed: int) -> Student:
+def _student(
+    arguments: argparse.Namespace, num_classes: int, teachers: Sequence[Teacher | StoredTeacher], seed: int
+) -> Student:
     torch.manual_seed(seed)
     options = {"num_classes": num_classes, **parse_options(arguments.student_options, "--student-options")}
     model = create_model(arguments.student, pretrained=arguments.student_pretrained, **options)

@@ -28,9 +28,11 @@ class ReplayableDataset(Dataset):
         seed: of the augmentation.
         cache_mib: decoded images are kept where all of them fit into so much memory.
         second_transform: of a second view of every image, drawn independently of the first; None for none.
+        rows: more that belongs to each sample: (epoch, index) keys of a batch -> one entry for each, of tensors or
+            nested dicts of tensors. It is called in the worker processes, and must be picklable.
     Returns:
         `dataset[epoch, index]` = {"image": tensor, "label": int, "sample_id": int}; sample_id is the index in `split`;
-        with a second transform also "second_image".
+        with a second transform also "second_image", with rows also "rows".
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class ReplayableDataset(Dataset):
         seed: int = 0,
         cache_mib: float = 64,
         second_transform: Callable[[Image.Image], Any] | None = None,
+        rows: Callable[[Sequence[tuple[int, int]]], Sequence[Any]] | None = None,
     ):
         self.split, self.transform, self.cache_mib = split, transform, cache_mib
-        self.second_transform = second_transform
+        self.second_transform, self.rows = second_transform, rows
         self.seed = check_seed("ReplayableDataset", seed)
         self._labels = split.labels.tolist()
         self._cache: dict[int, Image.Image] | None = None
@@ -56,7 +59,11 @@ class ReplayableDataset(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         # The DataLoader asks for a batch at once: the generators are saved and restored once, not for each sample.
         with preserved_generators():
-            return [self._sample(epoch, index) for epoch, index in keys]
+            samples = [self._sample(epoch, index) for epoch, index in keys]
+        if self.rows is not None:
+            for sample, row in zip(samples, self.rows(keys), strict=True):
+                sample["rows"] = row
+        return samples
 
     def _sample(self, epoch: int, index: int) -> dict[str, Any]:
         image = self._image(index)
@@ -90,6 +97,7 @@ class EpochBatchSampler(BatchSampler):
         shuffle: a new permutation each epoch, or 0, 1, 2, ...
         drop_last: leave out the last batch where it is not full.
         start_batch: how many batches (of all processes together) of the first epoch are already done.
+        augmentation_epochs: epoch e has the order and the keys of epoch e % augmentation_epochs; None for its own.
 
     Example:
         >>> sampler = EpochBatchSampler(5, batch_size=2, shuffle=False)
@@ -106,9 +114,11 @@ class EpochBatchSampler(BatchSampler):
         shuffle: bool = True,
         drop_last: bool = False,
         start_batch: int = 0,
+        augmentation_epochs: int | None = None,
     ):
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if value < 1:
+        counts = {"num_samples": num_samples, "batch_size": batch_size, "augmentation_epochs": augmentation_epochs}
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise ValueError(f"EpochBatchSampler: {name} must be >= 1, got {value}; set it to 1 or more.")
         if drop_last and batch_size > num_samples:
             raise ValueError(
@@ -116,13 +126,18 @@ class EpochBatchSampler(BatchSampler):
                 f"got {batch_size}; use smaller batches or drop_last=False."
             )
         self.num_samples, self.batch_size, self.shuffle, self.drop_last = num_samples, batch_size, shuffle, drop_last
-        self.seed = check_seed("EpochBatchSampler", seed)
+        self.seed, self.augmentation_epochs = check_seed("EpochBatchSampler", seed), augmentation_epochs
         self.set_epoch(0, start_batch)
 
     @property
     def sampler(self) -> EpochBatchSampler:
         """Itself: accelerate calls `set_epoch` on the `sampler` of a batch sampler that it has sharded."""
         return self
+
+    @property
+    def augmentation_epoch(self) -> int:
+        """The epoch that order, augmentation and mixing of the present one are drawn for."""
+        return self.epoch if self.augmentation_epochs is None else self.epoch % self.augmentation_epochs
 
     @property
     def batches_per_epoch(self) -> int:
@@ -144,7 +159,7 @@ class EpochBatchSampler(BatchSampler):
         return self.batches_per_epoch - self.start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
+        epoch = self.augmentation_epoch
         order = range(self.num_samples)
         if self.shuffle:
             order = legacy_generator(self.seed, epoch).permutation(self.num_samples).tolist()
@@ -162,8 +177,10 @@ def make_loader(
     num_workers: int = 0,
     drop_last: bool | None = None,
     second_transform: TransformSettings | None = None,
+    rows: Callable[[Sequence[tuple[int, int]]], Sequence[Any]] | None = None,
+    augmentation_epochs: int | None = None,
 ) -> DataLoader:
-    """Return a loader of {"image": (B, ...), "label": (B,), "sample_id": (B,)}, and "second_image" where asked for.
+    """Return a loader of {"image": (B, ...), "label": (B,), "sample_id": (B,)}, and "second_image", "rows" where asked.
 
     Args:
         split: the images.
@@ -174,16 +191,24 @@ def make_loader(
         num_workers: worker processes; the result does not depend on it.
         drop_last: by default as `train`.
         second_transform: settings of a second random view of every image.
+        rows: what else belongs to each sample, see `ReplayableDataset`.
+        augmentation_epochs: replay so many epochs again and again, see `EpochBatchSampler`.
 
     Before each epoch: `loader.batch_sampler.set_epoch(epoch)`; after `accelerator.prepare`, `loader.set_epoch(epoch)`.
     """
     if isinstance(transform, TransformSettings):
         transform = transform.training() if train else transform.evaluation()
     sampler = EpochBatchSampler(
-        len(split), batch_size, seed=seed, shuffle=train, drop_last=train if drop_last is None else drop_last
+        len(split),
+        batch_size,
+        seed=seed,
+        shuffle=train,
+        drop_last=train if drop_last is None else drop_last,
+        augmentation_epochs=augmentation_epochs,
     )
+    second = second_transform and second_transform.training()
     return DataLoader(
-        ReplayableDataset(split, transform, seed, second_transform=second_transform and second_transform.training()),
+        ReplayableDataset(split, transform, seed, second_transform=second, rows=rows),
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

@@ -66,6 +66,10 @@ class Listener(nn.Module):
         """Run the model once: (its output, the signals)."""
         return self._reader.read(images) if self._reader is not None else (self.model(images), {})
 
+    def tap_paths(self) -> tuple[str, ...]:
+        """The module paths of the model that are tapped."""
+        return tuple(point.path for point in self._reader.taps.points) if self._reader is not None else ()
+
     def deafen(self) -> None:
         """Take the taps off; the model is as it was."""
         if self._reader is not None:

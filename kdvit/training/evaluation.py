@@ -32,17 +32,26 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Iterable[dict], accele
     """
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in loader:
-        logits, labels = predict(batch["image"]).float(), batch["label"]
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        row = torch.stack(
-            [
-                ranked[:, 0].double(),
-                ranked.any(1).double(),
-                F.cross_entropy(logits, labels, reduction="none").double(),
-                torch.ones_like(labels, dtype=torch.float64),
-            ],
-            dim=1,
-        )
+        row = accuracy_rows(predict(batch["image"]).float(), batch["label"])
         totals += accelerator.gather_for_metrics(row).sum(0).cpu()
+    return accuracy_of(totals)
+
+
+def accuracy_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, 4) float64, what each image adds to the totals: in the first place, in the first five, cross-entropy, one."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack(
+        [
+            ranked[:, 0].double(),
+            ranked.any(1).double(),
+            F.cross_entropy(logits, labels, reduction="none").double(),
+            torch.ones_like(labels, dtype=torch.float64),
+        ],
+        dim=1,
+    )
+
+
+def accuracy_of(totals: Tensor) -> Accuracy:
+    """From the sum of all rows of `accuracy_rows`."""
     top1, top5, loss, count = totals.tolist()
     return Accuracy(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

@@ -75,21 +75,21 @@ class RunFolder:
         self._append(self.timing_file, record)
 
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
-        with self._written(path), path.open("a") as file:
+        with self.written(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics so far."""
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
-    def save_student(self, model: nn.Module, which: str, normalisation: Any, class_names: Sequence[str]) -> None:
-        """Save the plain model under ``student/`` or ``best/``."""
-        with self._written(self.path / which), whole_files(self.path / which) as folder:
-            save_model(model, folder, normalisation=normalisation, class_names=class_names)
+    def save_student(self, model: nn.Module, which: str, **facts: Any) -> None:
+        """Save the plain model under ``student/`` or ``best/``, with the facts that `kdvit.save_model` takes."""
+        with self.written(self.path / which), whole_files(self.path / which) as folder:
+            save_model(model, folder, **facts)
 
     def save_state(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a generation of state, with the length that the metrics have come to."""
-        with self._written(self.metrics_file), self.metrics_file.open("ab") as file:
+        with self.written(self.metrics_file), self.metrics_file.open("ab") as file:
             os.fsync(file.fileno())
             length = file.tell()
         self.checkpoints.save(step, {"metrics_bytes": length, **state})
@@ -110,11 +110,11 @@ class RunFolder:
                 f"run folder '{self.path}': {self.metrics_file.name} must have at least the {metrics_bytes} bytes that "
                 f"it had when the state was saved, got {found}; bring it back, or start again in another folder."
             )
-        with self._written(self.metrics_file):
+        with self.written(self.metrics_file):
             os.truncate(self.metrics_file, metrics_bytes)
         lines = self.timing_file.read_text().splitlines() if self.timing_file.is_file() else []
         kept = [line for line in map(_parsed, lines) if line and line["step"] <= step]
-        with self._written(self.timing_file):
+        with self.written(self.timing_file):
             write_whole(self.timing_file, "".join(json.dumps(line) + "\n" for line in kept))
         return kept[-1]["seconds"] if kept else 0.0
 
@@ -128,11 +128,11 @@ class RunFolder:
             "commit": _commit(),
             **facts,
         }
-        with self._written(self.path / "run.json"):
+        with self.written(self.path / "run.json"):
             write_whole(self.path / "run.json", json.dumps(record, indent=2, default=_plain) + "\n")
 
     @contextmanager
-    def _written(self, path: Path) -> Iterator[None]:
+    def written(self, path: Path) -> Iterator[None]:
         """Say in one sentence what could not be written, and what is left."""
         try:
             yield

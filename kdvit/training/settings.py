@@ -33,6 +33,8 @@ class Training:
             training does not see (a calibration, a bilevel step); the test images are never used for that.
         evaluate_epochs: evaluate every so many epochs, and at the end.
         log_steps: write a line of metrics every so many optimizer steps.
+        gradient_share_steps: measure every so many optimizer steps how much of the gradient each loss makes, for the
+            report; it costs a backward pass for each loss. None: never.
         save_steps: save resumable state every so many optimizer steps, besides each epoch's end; None for that alone.
         keep_states: how many generations of resumable state are kept.
         trackers: names of experiment trackers that Accelerate knows, such as tensorboard, which get the metrics too.
@@ -61,6 +63,7 @@ class Training:
     held_out_ratio: float = 0.1
     evaluate_epochs: int = 1
     log_steps: int = 10
+    gradient_share_steps: int | None = None
     save_steps: int | None = None
     keep_states: int = 2
     trackers: tuple[str, ...] = ()
@@ -74,8 +77,8 @@ class Training:
                 f"steps={self.steps}; leave the other out (None)."
             )
         for name in (
-            "epochs", "steps", "batch_size", "accumulation_steps", "evaluate_epochs", "log_steps", "save_steps",
-            "keep_states",
+            "epochs", "steps", "batch_size", "accumulation_steps", "evaluate_epochs", "log_steps",
+            "gradient_share_steps", "save_steps", "keep_states",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):

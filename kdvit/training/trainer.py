@@ -20,14 +20,17 @@ from kdvit.cost import device_name
 from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
 from kdvit.data.randomness import legacy_generator
 from kdvit.distiller import Distiller, DistillerOutput
-from kdvit.losses.loss import split_input
 from kdvit.schedules import Schedule
-from kdvit.signals import CLASS_SIGNALS, Progress
+from kdvit.signals import Progress
 from kdvit.taps.family import logits_of
+from kdvit.training.accumulation import window_scale
 from kdvit.training.curves import draw_curves
 from kdvit.training.display import Display
 from kdvit.training.evaluation import Accuracy, evaluate
+from kdvit.training.fidelity import teacher_prediction
+from kdvit.training.gradient_share import gradient_share
 from kdvit.training.held_out import HeldOut
+from kdvit.training.insight import sample_batch, write_insight
 from kdvit.training.interruption import Interrupted, Interruption
 from kdvit.training.preparation import make_accelerator, make_optimizer, stronger, transform_for
 from kdvit.training.run_folder import RunFolder
@@ -260,8 +263,10 @@ class Trainer:
             if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
                 self.accuracy = self._evaluate_student(display)
             self._save_state()
+            self.seconds = round(time.perf_counter() - self.started, 1)
+            if self.is_main:
+                self.folder.log_timing({"step": self.step, "seconds": self.seconds})
             self._stop_where_asked()
-            self.seconds = time.perf_counter() - self.started
 
     def _train_epoch(self, display: Display) -> None:
         self.distiller.train()
@@ -284,7 +289,9 @@ class Trainer:
                     self.held_out.step(images, labels, self.optimizer.param_groups[0]["lr"], **context)
                 output = self.distiller(images, labels, **context, stored=batch.get("rows"))
                 self._watch(output, batch["sample_id"])
-                self.accelerator.backward(output.loss)
+                self._measure_shares(output)
+                scale = window_scale(index, self.batches_per_epoch, self.settings.accumulation_steps)
+                self.accelerator.backward(output.loss * scale)
                 if self.accelerator.sync_gradients and self.settings.clip_norm is not None:
                     self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.settings.clip_norm)
                 self.optimizer.step()
@@ -361,6 +368,23 @@ class Trainer:
         if self.accelerator.device.type == "cpu" or self.step % self.settings.log_steps == 0:
             self.watch.check(self._advice())
 
+    def _measure_shares(self, output: DistillerOutput) -> None:
+        """Where it is due, in every process: a loss that gathers the batch communicates in its backward pass."""
+        every = self.settings.gradient_share_steps
+        if every is None or not self.accelerator.sync_gradients or (self.step + 1) % every:
+            return
+        scaler = self.accelerator.scaler
+        several = self.accelerator.num_processes > 1
+        found = gradient_share(
+            output.weighted,
+            self.plain.student.parameters(),
+            scale=scaler.get_scale() if scaler is not None else 1.0,
+            average=partial(self.accelerator.reduce, reduction="mean") if several else None,
+        )
+        if self.is_main and found is not None:
+            place = {"kind": "gradient", "step": self.step + 1}
+            self.folder.log({**place, "gradient_share": found.share, "gradient_cosine": found.cosine})
+
     def _check_finite(self) -> None:
         self.watch.check(self._advice())
         check_weights(self.plain, self.step, self._advice())
@@ -392,7 +416,7 @@ class Trainer:
 
     def _evaluate_student(self, display: Display) -> Accuracy | None:
         accuracy = None
-        if self._trains_classifier():
+        if self.plain.trains_classifier:
             model, name = self.student, self.plain.student.name
             if self.accelerator.num_processes > 1:  # statistics of BatchNorm differ: the main process's are saved
                 for buffer in model.buffers():
@@ -409,30 +433,23 @@ class Trainer:
         self._save_student("student")
         return accuracy
 
-    def _trains_classifier(self) -> bool:
-        """Whether accuracy means anything: a feature-only objective leaves the classifier as it was."""
-        read = [split_input(name) for loss in self.plain.losses.values() for name in loss.inputs()]
-        reads_logits = any(side == "student" and signal in CLASS_SIGNALS for side, signal in read)
-        brings_one = self.plain.deployable is not self.plain.student.model
-        return self.plain.task_loss is not None or reads_logits or brings_one
-
     def _evaluate_teacher(self, teacher: Teacher | StoredTeacher) -> Accuracy | None:
         if isinstance(teacher, StoredTeacher):
             return Accuracy(**teacher.accuracy) if teacher.accuracy is not None else None
-        batch = next(iter(self.test_loader))["image"][:1]
-        try:
-            if teacher.predict(batch).shape[1] != len(self.data.classes):
-                return None  # a teacher of other classes: its accuracy on these is not defined
-        except TypeError:  # a backbone without a classifier
-            return None
-        return self._evaluate(teacher, teacher.predict)
+        predict = teacher_prediction(teacher, self.test_loader, len(self.data.classes))
+        return self._evaluate(teacher, predict) if predict is not None else None
 
     # Files
 
     def _save_student(self, which: str) -> None:
         if self.is_main:
-            normalisation = (self.transform.mean, self.transform.std)
-            self.folder.save_student(self.student, which, normalisation, self.data.classes)
+            self.folder.save_student(
+                self.student,
+                which,
+                normalisation=(self.transform.mean, self.transform.std),
+                class_names=self.data.classes,
+                input_size=self.plain.student.input_size,
+            )
 
     def _save_state(self) -> None:
         self._check_finite()
@@ -491,7 +508,8 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
-        free = ("evaluate_epochs", "log_steps", "save_steps", "keep_states", "num_workers", "trackers")
+        free = ("evaluate_epochs", "log_steps", "save_steps", "keep_states", "gradient_share_steps",
+                "num_workers", "trackers")  # fmt: skip
         return {
             **{name: value for name, value in vars(self.settings).items() if name not in free},
             "num_processes": self.accelerator.num_processes,
@@ -525,12 +543,24 @@ class Trainer:
             best_epoch=self.best[1] if self.best else None,
             teacher_top1=teacher.top1 if teacher else None,
             num_steps=self.step,
-            seconds=round(self.seconds, 1),
+            seconds=self.seconds,
             folder=self.folder.path,
         )
         if self.is_main:
             self._write_summary(result)
             draw_curves(self.folder.metrics(), self.folder.path / "curves.png", result.teacher_top1)
+            images, labels = sample_batch(self.data.test, self.transform)
+            with self.folder.written(self.folder.path / "insight"):
+                write_insight(
+                    self.plain,
+                    images,
+                    labels,
+                    self.data.classes,
+                    self.folder.path / "insight",
+                    mean=self.transform.mean,
+                    std=self.transform.std,
+                    model=self.student,
+                )
         finish_trackers(self.accelerator)
         self.accelerator.wait_for_everyone()
         return result

@@ -63,8 +63,9 @@ def tiny_data() -> ImageData:
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than such a run; test_curves.py draws."""
+    """Drawing takes longer than such a run; test_curves.py and test_insight.py draw."""
     monkeypatch.setattr("kdvit.training.trainer.draw_curves", lambda *arguments: False)
+    monkeypatch.setattr("kdvit.training.trainer.write_insight", lambda *arguments, **options: None)
 
 
 @pytest.fixture

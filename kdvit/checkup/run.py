@@ -1,0 +1,141 @@
+"""The checkup of a training run: batches, test images and plan as the Trainer would make them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kdvit.bilevel import Bilevel
+from kdvit.cache.fingerprint import of_job
+from kdvit.cache.teacher import StoredTeacher
+from kdvit.checkup.examination import check
+from kdvit.checkup.findings import Checkup
+from kdvit.checkup.plan import Plan
+from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
+from kdvit.data.randomness import legacy_generator
+from kdvit.distiller import Distiller
+from kdvit.training import Training, stronger, transform_for
+from kdvit.training.preparation import make_optimizer
+
+#: Test images that a teacher is judged by: a standard deviation of 2 points at most.
+NUM_JUDGED = 512
+
+
+def check_training(
+    distiller: Distiller,
+    data: ImageData,
+    settings: Training,
+    *,
+    num_batches: int = 5,
+    transform: TransformSettings | None = None,
+) -> Checkup:
+    """Look over what ``Trainer(distiller, data, settings, folder)`` would do, in one process.
+
+    Args:
+        distiller: moved to the device that would train it, and else unchanged.
+        data: from `kdvit.data.open_data`.
+        settings: of the training.
+        num_batches: training batches to try; the first is for warming up.
+        transform: by default the one that the Trainer would take.
+
+    Raises:
+        ValueError: what the Trainer would refuse.
+    """
+    _check_fits(distiller, data, settings)
+    device = PartialState().device
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("Training: mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'; take one of them.")
+    transform = transform or transform_for(distiller.student)
+    train = _trained_on(distiller, data.train, settings)
+    load = partial(make_loader, transform=transform, seed=settings.seed)
+    loader = load(
+        train,
+        batch_size=settings.batch_size,
+        train=True,
+        num_workers=settings.num_workers,
+        second_transform=stronger(transform) if distiller.reads_second_view else None,
+        rows=distiller.stored_rows,
+        augmentation_epochs=distiller.augmentation_epochs,
+    )
+    steps_per_epoch = math.ceil(len(loader) / settings.accumulation_steps)
+    num_steps = settings.steps or settings.epochs * steps_per_epoch
+    stored = [teacher for teacher in distiller.teachers if isinstance(teacher, StoredTeacher)]
+    if stored:
+        job = of_job(train, transform, settings, holds_out=len(train) < len(data.train))
+        for teacher in stored:
+            teacher.check_job(job, math.ceil(num_steps / steps_per_epoch))
+    plan = Plan(
+        optimizer=partial(make_optimizer, settings=settings),
+        mixed_precision=settings.mixed_precision,
+        num_steps=num_steps,
+        num_epochs=num_steps / steps_per_epoch,
+        accumulation_steps=settings.accumulation_steps,
+        num_workers=settings.num_workers,
+        num_train_images=len(train),
+        num_test_images=len(data.test),
+        num_evaluations=math.ceil(math.ceil(num_steps / steps_per_epoch) / settings.evaluate_epochs),
+    )
+    judged = load(_drawn(data.test), batch_size=settings.batch_size, train=False)
+    return check(
+        distiller.to(device),
+        _mixed(loader, settings, len(data.classes)),
+        num_batches=num_batches,
+        sample=judged,
+        data=data,
+        plan=plan,
+    )
+
+
+def _check_fits(distiller: Distiller, data: ImageData, settings: Training) -> None:
+    if distiller.num_classes is None:
+        return
+    if distiller.num_classes != len(data.classes):
+        raise ValueError(
+            f"Trainer: data '{data.name}' has {len(data.classes)} classes but student '{distiller.student.name}' has "
+            f"{distiller.num_classes}; make the student with num_classes={len(data.classes)}."
+        )
+    for split in (data.train, data.test):
+        check_labels(split, distiller.num_classes)
+
+
+def _trained_on(distiller: Distiller, train: ImageSplit, settings: Training) -> ImageSplit:
+    """The training images, without those that the Trainer would hold out."""
+    if Bilevel(distiller) or any(loss.calibrate is not None for loss in distiller.losses.values()):
+        train, _ = train.hold_out(settings.held_out_ratio, settings.seed)
+    if settings.batch_size > len(train):
+        raise ValueError(
+            f"Training: batch_size must be at most the {len(train)} training images, got {settings.batch_size}; use "
+            "smaller batches."
+        )
+    return train
+
+
+def _drawn(test: ImageSplit) -> ImageSplit:
+    """Some test images of all classes, in random order: in a folder they are sorted by class."""
+    balanced = test.subset(min(NUM_JUDGED, len(test)))
+    return balanced.subset(legacy_generator(0).permutation(len(balanced)))
+
+
+def _mixed(loader: DataLoader, settings: Training, num_classes: int) -> Iterator[dict[str, Tensor]]:
+    """The batches of the first epoch, mixed as in training."""
+    loader.batch_sampler.set_epoch(0)
+    mixer = None
+    if settings.mixup_alpha or settings.cutmix_alpha or settings.label_smoothing:
+        mixer = BatchMixer(
+            settings.mixup_alpha,
+            settings.cutmix_alpha,
+            num_classes=num_classes,
+            label_smoothing=settings.label_smoothing,
+            seed=settings.seed,
+        )
+    for batch in loader:
+        if mixer is not None:
+            views = [view for view in ("image", "second_image") if view in batch]
+            mixed = {view: mixer(batch[view], batch["label"], batch["sample_id"], 0) for view in views}
+            batch = {**batch, **{view: images for view, (images, _) in mixed.items()}, "label": mixed["image"][1]}
+        yield batch
