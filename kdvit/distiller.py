@@ -128,6 +128,7 @@ class Distiller(nn.Module):
         self.teachers = tuple(each.own() for each in teachers)
         self.task_loss = _task_loss(task_loss)
         self.weights: dict[str, Weight] = {"task": _checked_weight("task", task_weight)}
+        self._compiled_step: Callable[..., DistillerOutput] | None = None
         self.losses = nn.ModuleDict()
         if not isinstance(losses, (Loss, str, list, tuple)):
             raise TypeError(
@@ -397,6 +398,35 @@ class Distiller(nn.Module):
     ) -> DistillerOutput:
         self._check_batch(images, labels)
         self._check_calibrated()
+        weights = {
+            name: self._weight(name, progress)
+            for name in self.weights
+            if name != "task" or self.task_loss is not None
+        }
+        step = self._compiled_step or self._step
+        return step(images, labels, weights, second_images, sample_ids, progress, stored)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the step in place, with options of `torch.compile` (``fullgraph=True``, ``mode``, ``backend``).
+
+        Names of weights stay what they are. Weights that follow a schedule are worked out before the compiled part, so
+        that they cost no compilation.
+        """
+        self._compiled_step = torch.compile(self._step, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compiled_step": None}  # it belongs to this object's weights
+
+    def _step(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        weights: Mapping[str, float],
+        second_images: Tensor | None,
+        sample_ids: Tensor | None,
+        progress: Progress | None,
+        stored: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> DistillerOutput:
         taught = self._taught(images, sample_ids, progress, stored)
         logits, learned = self.student(images)
         views = [{"student": [learned], "teacher": taught}]
@@ -408,11 +438,10 @@ class Distiller(nn.Module):
         weighted: dict[str, Tensor] = {}
         if self.task_loss is not None:
             terms["task"] = _parts("task", self.task_loss(learned[Request("logits")], labels))["task"]
-            weighted["task"] = self._weight("task", progress) * terms["task"]
+            weighted["task"] = weights["task"] * terms["task"]
         for name, loss in self.losses.items():
-            weight = self._weight(name, progress)
             for part, scalar in _parts(name, loss(**self._inputs(name, loss, views, context))).items():
-                terms[part], weighted[part] = scalar, weight * scalar
+                terms[part], weighted[part] = scalar, weights[name] * scalar
         losses = {name: value.detach() for name, value in terms.items()}
         return DistillerOutput(
             loss=sum(weighted.values()),

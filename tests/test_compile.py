@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
 import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from kdvit import Progress, calibrate, losses
+from kdvit import Distiller, Progress, calibrate, losses
+from kdvit.schedules import Linear, WarmUp
 from tests import tiny
 from tests.every_method_worker import NUM_IMAGES, make
 
@@ -77,9 +81,44 @@ def test_inductor(name, monkeypatch, tmp_path):
         check(name, "inductor", relative=1e-4)
 
 
-def test_the_weights_keep_their_names():
+def scheduled() -> Distiller:
+    return Distiller(tiny.vit(7, embed_dim=32), tiny.vit(), [(WarmUp(2.0, epochs=4), "dkd"), (Linear(1.0, 0.0), "kd")])
+
+
+def test_schedules_cost_one_more_graph_at_most():
+    """A graph for each value would run into torch's limit of 8, and with fullgraph that is an error."""
+    torch._dynamo.utils.counters.clear()
+    distiller, twin = scheduled(), scheduled()
+    distiller.compile(backend="aot_eager", fullgraph=True)
+    for step in range(12):
+        progress = Progress(step, step / 3, 12, 4.0)
+        out = distiller(tiny.images(4, seed=step), tiny.labels(), progress=progress)
+        expected = twin(tiny.images(4, seed=step), tiny.labels(), progress=progress)
+        torch.testing.assert_close(out.loss, expected.loss)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_step_that_is_compiled_in_place():
     distiller = make("fitnet", 0)
-    compiled = torch.compile(distiller, backend="eager")
-    assert compiled._orig_mod is distiller
-    distiller.compile(backend="eager")  # in place: what the Trainer does
-    assert set(make("fitnet", 0).state_dict()) == set(distiller.state_dict())
+    names = list(distiller.state_dict())
+    expected = distiller(tiny.images(), tiny.labels())
+    distiller.compile(backend="eager", fullgraph=True)
+    assert list(distiller.state_dict()) == names
+    found = distiller(tiny.images(), tiny.labels())
+    assert expected.weighted and not found.weighted  # the compiled part really ran
+    torch.testing.assert_close(found.loss, expected.loss)
+    with pytest.raises(ValueError, match="labels must be in 0..4, got 7..7"):  # the checks are outside
+        distiller(tiny.images(), torch.full((4,), 7))
+
+
+def test_a_copy_of_a_compiled_distiller_has_weights_of_its_own():
+    distiller = make("kd", 0)
+    distiller.compile(backend="eager")
+    before = distiller(tiny.images(), tiny.labels()).loss
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        torch.testing.assert_close(twin(tiny.images(), tiny.labels()).loss, before)
+        with torch.no_grad():
+            for parameter in twin.student.parameters():
+                parameter.zero_()
+        assert twin(tiny.images(), tiny.labels()).losses["task"].item() == pytest.approx(math.log(5))
+    torch.testing.assert_close(distiller(tiny.images(), tiny.labels()).loss, before)

@@ -46,6 +46,12 @@ def check_own_loop(out: str, folder: Path) -> None:
     assert "head.weight" in torch.load(folder / "student.pt", weights_only=True)
 
 
+def check_accelerate_loop(out: str, folder: Path) -> None:
+    losses = numbers(out, "tinymim.qk")
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert "head.weight" in torch.load(folder / "student.pt", weights_only=True)
+
+
 def check_views_and_held_out(out: str, folder: Path) -> None:
     for name in ("ntce", "ptloss", "mkd"):
         assert len(numbers(out, name)) == 4 and all(value > 0 for value in numbers(out, name))
@@ -63,6 +69,7 @@ def check_teachers_and_deployment(out: str, folder: Path) -> None:
 
 
 CHECKS = {
+    "accelerate_loop": check_accelerate_loop,
     "custom_loss": check_custom_loss,
     "hugging_face_teacher": check_hugging_face_teacher,
     "own_loop": check_own_loop,
@@ -72,7 +79,7 @@ CHECKS = {
 
 
 def test_every_example_is_collected_and_checked():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert [path.stem for path in EXAMPLES] == sorted(CHECKS)
 
 

@@ -228,6 +228,7 @@ class Builder:
             augmentation_epochs=augmentation_epochs,
             batch_size=min(settings.batch_size, len(self.dataset)),
             batches_per_shard=max(1, int(shard_mib * 2**20 / (self.row_bytes * settings.batch_size))),
+            data=self.data.name,
             versions={
                 name: metadata.version(name) for name in ("torch", "timm", "torchvision", "pillow", "safetensors")
             },

@@ -70,6 +70,7 @@ class Manifest:
         shards: all of them, in training order.
         constants: checksum of `CONSTANTS`, "" where there is none.
         complete: whether every shard is there.
+        data: name of the data, for people: a folder may have moved since.
         versions: libraries that it was made with; for people.
         format: of these files.
     """
@@ -86,6 +87,7 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     constants: str = ""
     complete: bool = False
+    data: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 

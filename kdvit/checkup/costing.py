@@ -86,8 +86,11 @@ def look_at_balance(distiller: Distiller, rehearsed: Rehearsed) -> Iterator[Find
             f"{weight}or leave it out." if weight else "give it a weight, or leave it out.",
         )
     if not small:
-        parts = ", ".join(f"{loss.name} {100 * loss.gradient_share:.0f} %" for loss in known[:6])
-        yield Finding("ok", "weights", f"every loss counts at the start: {parts}" if len(known) <= 6 else parts)
+        parts = [
+            f"{loss.name} {100 * loss.gradient_share:.0f} %{' (its schedule starts later)' if loss.weight == 0 else ''}"
+            for loss in known
+        ]
+        yield Finding("ok", "weights", f"of the gradient at the start: {listed(parts, 6)}")
 
 
 def look_at_time(distiller: Distiller, cost: StepCost, plan: Plan, device: str) -> Iterator[Finding]:

@@ -129,7 +129,7 @@ def _show(folder: Path) -> None:
     replayed = ", replayed again and again" if manifest.augmentation_epochs is not None else ""
     size = _size(sum(shard.num_bytes for shard in manifest.shards))
     lines = [
-        f"{manifest.num_samples} images, {_count(manifest.num_epochs, 'epoch')}{replayed}: "
+        f"{manifest.num_samples} images of {manifest.data}, {_count(manifest.num_epochs, 'epoch')}{replayed}: "
         f"{_count(len(manifest.shards), 'shard')}, {size}",
         "whole" if manifest.complete else "not whole: its building was stopped",
     ]

@@ -24,7 +24,9 @@ TEACHER = "fashion_mnist_cnn"
 STUDENT = {
     "img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 3, "weight_init": "moco",
 }  # fmt: skip
-TRAINING = Training(epochs=18, batch_size=128, lr=1e-3, weight_decay=0.05, warmup_epochs=1.0, evaluate_epochs=3)
+TRAINING = Training(
+    epochs=18, batch_size=128, lr=1e-3, weight_decay=0.05, warmup_epochs=1.0, evaluate_epochs=3, gradient_share_steps=50
+)
 #: Weights as they are usual for small images: the teacher's word counts more than the label's.
 TASK_WEIGHT, KD_WEIGHT, TEMPERATURE = 0.1, 0.9, 4.0
 
@@ -112,3 +114,5 @@ def show(rows: Sequence[Row], output: str | Path) -> None:
     console.print(f"Distillation changed the student's accuracy by {gain:+.2f} points at equal epochs and seed.")
     console.print(f"The distilled student is in {output}/distilled/student; load it with", highlight=False)
     console.print(f'  timm.create_model("local-dir:{output}/distilled/student", pretrained=True)', highlight=False)
+    console.print("Look at both runs in a browser:", highlight=False)
+    console.print(f"  kdvit report {output}/distilled --baseline {output}/alone", highlight=False)

@@ -43,8 +43,10 @@ def store(data: ImageData, tmp_path: Path) -> Callable[..., StoredTeacher]:
     """store(losses, form=..., epochs=...) -> what the teacher says, stored in a new folder."""
     count = 0
 
-    def make(losses: Sequence = ("kd",), *, folder: Path | None = None, live: Any = None, form: Any = "fp16",
-             augmentation_epochs: int | None = None, images: ImageData = data, **changed: Any) -> StoredTeacher:  # fmt: skip
+    def make(
+        losses: Sequence = ("kd",), *, folder: Path | None = None, live: Any = None, form: Any = "fp16",
+        augmentation_epochs: int | None = None, images: ImageData = data, **changed: Any,
+    ) -> StoredTeacher:  # fmt: skip
         nonlocal count
         count += 1
         made = build(

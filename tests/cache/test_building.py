@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from kdvit.cache import StoredTeacher, build, builder
 from kdvit.cache.manifest import Manifest
-from kdvit.data import EpochBatchSampler, ReplayableDataset
+from kdvit.data import EpochBatchSampler, ReplayableDataset, make_loader
 from kdvit.training import transform_for
 from tests.cache.conftest import SHARD_MIB, distiller, settings, teacher
 from tests.processes import REPOSITORY
@@ -302,8 +302,6 @@ def test_the_loader_of_building_is_that_of_training(data):
     sampler = EpochBatchSampler(36, 8, seed=0)
     batches = builder._Batches(sampler, [(1, 0), (0, 1)], 2)
     found = list(DataLoader(ReplayableDataset(data.train, transform.training(), 0), batch_sampler=batches))
-    from kdvit.data import make_loader
-
     loader = make_loader(data.train, transform, batch_size=8, train=True)
     expected = []
     for epoch, places in ((1, (0, 1)), (0, (2, 3))):

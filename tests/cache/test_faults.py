@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from kdvit import Trainer
 from kdvit.cache import StoredTeacher, builder, shards
 from kdvit.cache.manifest import Manifest
-from kdvit.data import FASHION_MNIST_TRANSFORM, open_data
-from tests.cache.conftest import distiller, teacher
+from kdvit.data import FASHION_MNIST_TRANSFORM, ImageSplit, open_data
+from tests.cache.conftest import distiller, settings, teacher
 from tests.cache.test_building import damage
 from tests.cache.test_stored_teacher import first_batch
 
@@ -56,13 +60,7 @@ def test_a_shard_that_goes_during_training(store, data):
     with pytest.raises(
         RuntimeError, match=r"^StoredTeacher: '.*shard-00000.safetensors' cannot be read \(.+\); run its"
     ):
-        first_batch(distiller_without_open_files(subject), data)
-
-
-def distiller_without_open_files(subject):
-    import copy
-
-    return copy.deepcopy(subject)
+        first_batch(copy.deepcopy(subject), data)  # which has no file open
 
 
 @pytest.mark.parametrize("kind", ["truncated", "altered", "not even a shard"])
@@ -108,8 +106,8 @@ OTHERS = {
     "transform": (
         {},
         {"transform": FASHION_MNIST_TRANSFORM},
-        r"transform\.crop_padding is 2 there and 0 here, transform\.crop_scale is \[0\.08, 1\.0\] there and \[1\.0, 1\.0\] "
-        r"here, transform\.crop_aspect is .*",
+        r"transform\.crop_padding is 2 there and 0 here, transform\.crop_scale is \[0\.08, 1\.0\] there and "
+        r"\[1\.0, 1\.0\] here, transform\.crop_aspect is .*",
     ),
     "images": (
         {},
@@ -129,10 +127,6 @@ def test_another_job_is_refused_before_the_first_batch(name, store, data, train)
 
 
 def test_other_pixels_of_the_same_labels_are_refused(store, data, train):
-    import dataclasses
-
-    from kdvit.data import ImageSplit
-
     class Darker:
         def read(self, row):
             return data.train._reader.read(row).point(lambda value: value // 2)
@@ -160,8 +154,6 @@ def test_more_epochs_than_stored_are_refused(store, train):
 @pytest.fixture
 def train(data, tmp_path: Path, no_curves):
     """train(distiller, epochs=..., data=..., transform=...) -> a Trainer that has not begun."""
-    from kdvit import Trainer
-    from tests.cache.conftest import settings
 
     def make(subject, *, data=data, transform=None, **changed):
         return Trainer(subject, data, settings(**changed), tmp_path / "run", transform=transform, quiet=True)
@@ -169,14 +161,22 @@ def train(data, tmp_path: Path, no_curves):
     return make
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(error, store, tmp_path, monkeypatch):
     write, count = shards.write_shard, 0
 
     def filling(*arguments):
         nonlocal count
         count += 1
         if count > 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         return write(*arguments)
 
     monkeypatch.setattr(builder, "write_shard", filling)

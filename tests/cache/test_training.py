@@ -61,6 +61,7 @@ def test_stored_is_live_to_the_bit(name, store, fit):
     assert live.step > 0
 
 
+@pytest.mark.slow
 def test_bilevel_steps_work_from_a_store(store, fit):
     """They read held-out images with the student alone; the images left for training are those that are stored."""
     images = open_data("fashion-mnist-sample").subset(60, 12)

@@ -52,7 +52,7 @@ def rounding(signal: Tensor) -> Tensor:
 
 
 def kd_bound(student: Tensor, teacher: Tensor) -> float:
-    """How far T^2 KL(p || q), p = softmax(t / T), can be moved by the rounding of t: its first and second derivative."""
+    """How far the rounding of t can move T^2 KL(p || q), p = softmax(t / T): its first and second derivative."""
     t = teacher.double().requires_grad_(True)
     p_log, q_log = (t / TEMPERATURE).log_softmax(1), (student.double() / TEMPERATURE).log_softmax(1)
     loss = TEMPERATURE**2 * (p_log.exp() * (p_log - q_log)).sum()
