@@ -240,8 +240,8 @@ class Distiller(nn.Module):
     def _check_stored(self, teacher: Teacher | StoredTeacher) -> None:
         if isinstance(teacher, StoredTeacher):
             for name, wanted in self.needs["teacher"].items():
-                requests = [request for each in wanted.items() for request in requests_of(*each)]
-                teacher.check_loss(name, self.losses[name], requests)
+                own = [request for each in wanted.items() for request in requests_of(*each)]
+                teacher.check_loss(name, self.losses[name], own, self._requests("teacher"))
 
     def _infos(self, name: str) -> tuple[ModelInfo, ModelInfo | tuple[ModelInfo, ...]]:
         """What a loss is built for."""
@@ -409,8 +409,8 @@ class Distiller(nn.Module):
     def compile(self, **options: Any) -> None:
         """Compile the step in place, with options of `torch.compile` (``fullgraph=True``, ``mode``, ``backend``).
 
-        Names of weights stay what they are. Weights that follow a schedule are worked out before the compiled part, so
-        that they cost no compilation.
+        Names of weights stay what they are. Weights that follow a schedule are worked out before the compiled part: each
+        costs one more compilation, when it first changes.
         """
         self._compiled_step = torch.compile(self._step, **options)
 

@@ -85,7 +85,7 @@ def scheduled() -> Distiller:
     return Distiller(tiny.vit(7, embed_dim=32), tiny.vit(), [(WarmUp(2.0, epochs=4), "dkd"), (Linear(1.0, 0.0), "kd")])
 
 
-def test_schedules_cost_one_more_graph_at_most():
+def test_each_schedule_costs_one_more_graph_at_most():
     """A graph for each value would run into torch's limit of 8, and with fullgraph that is an error."""
     torch._dynamo.utils.counters.clear()
     distiller, twin = scheduled(), scheduled()
@@ -95,7 +95,7 @@ def test_schedules_cost_one_more_graph_at_most():
         out = distiller(tiny.images(4, seed=step), tiny.labels(), progress=progress)
         expected = twin(tiny.images(4, seed=step), tiny.labels(), progress=progress)
         torch.testing.assert_close(out.loss, expected.loss)
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + 2
 
 
 def test_a_step_that_is_compiled_in_place():

@@ -768,6 +768,15 @@ def test_the_screen_is_never_larger_than_a_screen(width, num_troubles, num_losse
     assert checkup.errors[:1] == [f for f in shown if f.level == "error"]
 
 
+def test_a_number_stays_with_its_unit():
+    for words in range(1, 40):
+        text = as_text(
+            Checkup("", [Finding("ok", "a", "x " * words + "93.9 % of 1,024 MiB in 7 min, 5 ms and 3 days")]), 80
+        )
+        assert not re.search(r"\d\n\s+(%|MiB|min|ms|days)", text)
+        assert "\N{NO-BREAK SPACE}" not in text
+
+
 def test_the_verdict_counts():
     assert str(crowded(0, 1)).endswith("0 errors, 0 warnings: ready to train")
     assert str(crowded(3, 1)).endswith("1 error, 2 warnings: not ready to train")

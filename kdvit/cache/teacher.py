@@ -124,13 +124,14 @@ class StoredTeacher(nn.Module):
         other.input_size = self.stated_size
         return other
 
-    def check_loss(self, name: str, loss: Loss, requests: Sequence[Request]) -> None:
+    def check_loss(self, name: str, loss: Loss, own: Sequence[Request], requests: Sequence[Request]) -> None:
         """Refuse a loss that needs more of the teacher than is stored.
 
         Args:
             name: of the loss in the Distiller.
             loss: it.
-            requests: what it reads of the teacher.
+            own: what it reads of the teacher.
+            requests: what all losses together read of it.
 
         Raises:
             ValueError: the sentence names the loss, what it reads and what is stored.
@@ -138,7 +139,7 @@ class StoredTeacher(nn.Module):
         fault = live_fault(loss)
         if not fault and loss.predict is not None and self._head is None:
             fault = "needs the classifier"
-        for request in () if fault else requests:
+        for request in () if fault else own:
             if not self._stores(request, requests):
                 fault = f"reads {_words(request)}"
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -18,7 +19,7 @@ from kdvit.checkup.findings import Checkup, Finding, LossReading, StepCost
 WIDTH, HEIGHT = 100, 45
 #: Colour only repeats what the mark says.
 MARKS = {"ok": ("\N{CHECK MARK}", "green"), "warning": ("!", "bold yellow"), "error": ("\N{BALLOT X}", "bold red")}
-_BAR_WIDTH = 24
+_BAR_WIDTH, _TITLE_WIDTH = 24, 12
 
 
 def as_text(checkup: Checkup, width: int = WIDTH) -> str:
@@ -33,10 +34,10 @@ def on_screen(checkup: Checkup, width: int) -> RenderableType:
     width = min(width, WIDTH)
     troubles = [finding for finding in checkup.findings if finding.level != "ok"]
     forms = [
-        _form(checkup, checkup.findings, num_losses=12),
-        _form(checkup, checkup.findings, num_losses=5),
-        _form(checkup, troubles, num_losses=5),
-        *(_form(checkup, troubles[:count], num_losses=3) for count in range(len(troubles), 0, -1)),
+        _form(checkup, checkup.findings, 12, width),
+        _form(checkup, checkup.findings, 5, width),
+        _form(checkup, troubles, 5, width),
+        *(_form(checkup, troubles[:count], 3, width) for count in range(len(troubles), 0, -1)),
     ]
     return Constrain(next((form for form in forms if _height(form, width) <= HEIGHT), forms[-1]), width)
 
@@ -46,16 +47,16 @@ def _height(form: RenderableType, width: int) -> int:
     return len(console.render_lines(form))
 
 
-def _form(checkup: Checkup, findings: Sequence[Finding], num_losses: int) -> RenderableType:
+def _form(checkup: Checkup, findings: Sequence[Finding], num_losses: int, width: int) -> RenderableType:
     shown = Table.grid(padding=(0, 1), pad_edge=False)
     shown.add_column(width=1)
-    shown.add_column(no_wrap=True, min_width=12)
+    shown.add_column(no_wrap=True, width=_TITLE_WIDTH)
     shown.add_column(ratio=1, overflow="fold")
     for finding in findings:
         mark, style = MARKS[finding.level]
-        text = Text(_unbroken(finding.sentence))
+        text = Text(_wrapped(finding.sentence, width))
         if finding.cure:
-            text.append(f"\n\N{RIGHTWARDS ARROW} {_unbroken(finding.cure)}", style="bold")
+            text.append("\n" + _wrapped(f"\N{RIGHTWARDS ARROW} {finding.cure}", width), style="bold")
         shown.add_row(Text(mark, style=style), Text(finding.title, style="bold"), text)
     parts: list[RenderableType] = [Text(checkup.heading, style="bold"), Text(""), shown]
     left_out = [finding for finding in checkup.findings if finding not in findings]
@@ -98,9 +99,11 @@ def _table(first: str, second: str, third: str, share: str) -> Table:
     return table
 
 
-def _unbroken(sentence: str) -> str:
-    """A number stays with its unit."""
-    return re.sub(r"(?<=\d) (?=%|ms\b|s\b|min\b|h\b|days\b|MiB\b)", "\N{NO-BREAK SPACE}", sentence)
+def _wrapped(sentence: str, width: int) -> str:
+    """In lines for the last column, where a number stays with its unit: rich would break at a no-break space."""
+    joined = re.sub(r"(?<=\d) (?=%|ms\b|s\b|min\b|h\b|days\b|MiB\b)", "\N{NO-BREAK SPACE}", sentence)
+    lines = textwrap.wrap(joined, width - _TITLE_WIDTH - 3, break_on_hyphens=False)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _percent(share: float) -> str:

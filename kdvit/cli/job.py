@@ -22,6 +22,10 @@ from kdvit.training.arguments import add_arguments
 from kdvit.wrappers import Student, Teacher
 
 
+#: What --teacher-dtype may say.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @dataclass
 class Job:
     """What the options of `add_job_arguments` name; nothing is loaded before it is asked for."""
@@ -73,6 +77,7 @@ def add_job_arguments(parser: Parser, skip: Sequence[str] = ()) -> None:
     )
     add("--teacher-checkpoint", help="weights of the teacher (safetensors or torch), instead of the published ones")
     add("--teacher-options", default="", help="NAME=VALUE,... for timm.create_model")
+    add("--teacher-dtype", choices=tuple(DTYPES), help="run the teachers in this precision [as their weights are]")
     add("--class-map", help="JSON file: a list with the teacher's class for each class of the data")
     add(
         "--stored-teacher",
@@ -114,6 +119,7 @@ def _teachers(arguments: argparse.Namespace) -> list[Teacher]:
         Teacher(
             create_model(name, pretrained=checkpoint is None, checkpoint=checkpoint, **options),
             class_map=class_map,
+            dtype=DTYPES[arguments.teacher_dtype] if arguments.teacher_dtype is not None else None,
             name=name,
         )
         for name in names

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from kdvit.data.archives import open_archives, tar_files
 from kdvit.data.folders import holds_idx, open_idx, open_image_folder
 from kdvit.data.randomness import check_seed
 from kdvit.data.splits import ImageData, RawSplit, assemble
@@ -17,7 +18,7 @@ FASHION_MNIST_CLASSES = (
 )  # fmt: skip
 _SAMPLE_FOLDER = Path(__file__).parent / "sample"
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
-_OTHERS = "a folder of images or parquet, a .parquet file, or a hub name as org/name"
+_OTHERS = "a folder of images, parquet or tar shards, a .parquet file, or a hub name as org/name"
 
 
 def names() -> dict[str, str]:
@@ -36,8 +37,9 @@ def open_data(
 
     Args:
         source: a name of `names()`; an image folder (train/ with one of val, valid, validation, test; or one folder a
-            class); a folder of the four idx files; a .parquet file or a folder of them; a `datasets` name as `org/name`
-            or `org/name:config`.
+            class); a folder of the four idx files; a .parquet file or a folder of them; a folder of tar shards
+            (``000123.jpg`` beside ``000123.cls`` or ``000123.json``); a `datasets` name as `org/name` or
+            `org/name:config`.
         held_out_ratio: where the source has no test split, this share of every class becomes one; in (0, 1).
         seed: which images are held out.
     Returns:
@@ -94,5 +96,7 @@ def _existing_folder(text: str) -> Path:
 def _open_folder(folder: Path) -> tuple[RawSplit, RawSplit | None]:
     if holds_idx(folder):
         return open_idx(folder)
-    files = parquet_files(folder)
-    return open_parquet(files) if files else open_image_folder(folder)
+    if files := parquet_files(folder):
+        return open_parquet(files)
+    archives = tar_files(folder)
+    return open_archives(archives) if archives else open_image_folder(folder)

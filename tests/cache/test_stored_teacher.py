@@ -338,6 +338,7 @@ def test_logits_of_one_head_are_not_those_of_both(store):
     live = Teacher(timm.create_model("deit_tiny_distilled_patch16_224", num_heads=2, **sizes), name="wide")
     stored = store([ClassAndDistillation()], live=live)
     distiller(stored, [ClassAndDistillation()])
+    distiller(stored, [ClassAndDistillation(), "kd"])
     with pytest.raises(
         ValueError, match=r"loss 'kd' reads logits of .* stores logits of the class head \(fp16\), dist_"
     ):

@@ -103,6 +103,13 @@ def test_a_replayed_epoch_starts_at_its_own_beginning():
     assert list(sampler) == [[(0, 4)]] and sampler.augmentation_epoch == 0
     sampler.set_epoch(4)
     assert list(sampler) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
+    sampler = EpochBatchSampler(6, batch_size=6, augmentation_epochs=3)
+    keys = []
+    for epoch in range(7):
+        sampler.set_epoch(epoch)
+        keys += list(sampler)
+    assert [batch[0][0] for batch in keys] == [0, 1, 2, 0, 1, 2, 0]
+    assert keys[3:6] == keys[:3] and keys[0] != keys[1]
     with pytest.raises(ValueError, match=r"EpochBatchSampler: augmentation_epochs must be >= 1, got 0; set it to 1 or"):
         EpochBatchSampler(5, batch_size=2, augmentation_epochs=0)
 
