@@ -522,3 +522,26 @@ def test_quickstart_does_not_repeat_what_an_earlier_call_did(tmp_path):
     assert first == again  # the seconds, too: nothing was trained
     with pytest.raises(ValueError, match="Trainer: seed must be 0 as in the run in .*start another run"):
         quickstart.compare(tmp_path / "quick", seed=1, epochs=1, data=data, quiet=True)
+
+
+# The teacher's precision
+
+
+def test_a_teacher_in_another_precision(distill, monkeypatch):
+    dtypes: list[tuple] = []
+    trained = kdvit.Trainer.fit
+
+    def fit(trainer):
+        models = trainer.plain.teacher.model, trainer.plain.student.model
+        dtypes.append(tuple({p.dtype for p in model.parameters()} for model in models))
+        return trained(trainer)
+
+    monkeypatch.setattr(kdvit.Trainer, "fit", fit)
+    assert distill("--steps", "2", "--teacher-dtype", "bfloat16") == 0
+    assert distill("--steps", "2", output="other") == 0
+    assert dtypes == [({torch.bfloat16}, {torch.float32}), ({torch.float32}, {torch.float32})]
+
+
+def test_an_unknown_precision_is_refused(distill, capsys):
+    assert distill("--steps", "2", "--teacher-dtype", "fp8") == 2
+    assert "--teacher-dtype: invalid choice: 'fp8'" in capsys.readouterr().err

@@ -13,7 +13,7 @@ def check_launch(accelerator: Accelerator, distiller: Distiller) -> None:
     """Refuse what was launched where it cannot work, or where Accelerate would silently do something else.
 
     Raises:
-        ValueError: fp16 on a device that has no autocast for it; DeepSpeed; FSDP on a device that Accelerate does not
+        ValueError: fp16 on a device that has no autocast for it; processes that do not see each other; DeepSpeed; FSDP on a device that Accelerate does not
             shard on, version 1 of it, its loading in one process alone, a loss that does bilevel steps, a scalar
             parameter.
     """
@@ -28,12 +28,17 @@ def check_launch(accelerator: Accelerator, distiller: Distiller) -> None:
             "Trainer: the launcher must be plain, DDP or FSDP, got DeepSpeed, whose optimizer state no other run could "
             "resume; use FSDP for the same memory, or a loop of your own (examples/accelerate_loop.py)."
         )
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    started, joined = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    if started != joined:
+        raise ValueError(
+            f"Trainer: the launcher's {started} processes must work together, got {joined} each by itself on {device}; on a "
+            f"CPU launch with: accelerate launch --cpu --no_python torchrun --nproc_per_node {started} SCRIPT."
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
-        if asked and accelerator.num_processes > 1:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ValueError(
-                f"Trainer: FSDP must run on GPUs, got {device}, where Accelerate would train unsharded; "
-                "launch without the FSDP configuration."
+                f"Trainer: FSDP must run in several processes on GPUs, got {joined} on {device}, where Accelerate would "
+                "train unsharded; launch without the FSDP configuration."
             )
         return
     plugin = accelerator.state.fsdp_plugin

@@ -123,8 +123,7 @@ def test_mistakes_are_one_sentence(call):
     assert code == 2 and out.startswith("kdvit: cache: form must be one of fp16, fp32, int8")
 
 
-def test_other_commands_ask_for_the_live_teacher(call):
-    """What needs a model says so, in one sentence and without a traceback."""
+def test_another_seed_is_refused(call):
     call("cache", "build", "a")
     code, out = call("distill", "--stored-teacher", "a", "--seed", "1", with_teacher=False)
     assert code == 2 and "seed is 0 there and 1 here; train as it was built" in out

@@ -73,6 +73,14 @@ def test_an_altered_manifest_is_not_believed(kind, store):
         StoredTeacher(folder)
 
 
+def test_a_manifest_that_was_edited_is_not_believed(store):
+    """It is sound JSON, but what it says is not what was built."""
+    path = store(["kd"]).folder / "manifest.json"
+    path.write_text(path.read_text().replace('"num_epochs": 2', '"num_epochs": 3'))
+    with pytest.raises(ValueError, match="manifest.json was altered or cut short"):
+        StoredTeacher(path.parent)
+
+
 def test_no_cache_at_all(tmp_path):
     with pytest.raises(
         ValueError, match=r"must be a folder that `kdvit cache build` made, and has no manifest.json; che"
@@ -127,9 +135,12 @@ def test_another_job_is_refused_before_the_first_batch(name, store, data, train)
 
 
 def test_other_pixels_of_the_same_labels_are_refused(store, data, train):
+    last = int(data.train._rows[-1])
+
     class Darker:
         def read(self, row):
-            return data.train._reader.read(row).point(lambda value: value // 2)
+            image = data.train._reader.read(row)
+            return image.point(lambda value: value // 2) if row == last else image
 
         def where(self, row):
             return data.train._reader.where(row)

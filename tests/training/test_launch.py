@@ -31,6 +31,12 @@ def distiller_of(loss: str, **options: Any) -> Distiller:
     return Distiller(teachers if loss == "mmkd" else teachers[0], tiny.vit(), [losses.make(loss, **options)])
 
 
+@pytest.fixture(autouse=True)
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher of two sets."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
 REFUSED = {
     "DeepSpeed": (
         {"distributed_type": DistributedType.DEEPSPEED},
@@ -64,8 +70,8 @@ def test_fsdp_on_a_cpu_is_refused(monkeypatch):
     with pytest.raises(ValueError) as caught:
         check_launch(on_cpu, distiller_of("kd"))
     assert str(caught.value) == (
-        "Trainer: FSDP must run on GPUs, got cpu, where Accelerate would train unsharded; launch without the FSDP "
-        "configuration."
+        "Trainer: FSDP must run in several processes on GPUs, got 2 on cpu, where Accelerate would train unsharded; "
+        "launch without the FSDP configuration."
     )
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     check_launch(on_cpu, distiller_of("mkd"))
@@ -92,8 +98,9 @@ def test_a_scalar_parameter_is_refused():
     )
 
 
-def test_half_precision_on_a_cpu():
+def test_half_precision_on_a_cpu(monkeypatch):
     """Accelerate ignores fp16 there: it would train in float32, and say fp16."""
+    monkeypatch.delenv("WORLD_SIZE")
     on_cpu = {"distributed_type": DistributedType.NO, "num_processes": 1}
     with pytest.raises(ValueError) as caught:
         check_launch(launch(**on_cpu, mixed_precision="fp16"), distiller_of("kd"))
@@ -103,3 +110,13 @@ def test_half_precision_on_a_cpu():
     )
     check_launch(launch(**on_cpu, mixed_precision="bf16"), distiller_of("kd"))
     check_launch(launch(**on_cpu, mixed_precision="fp16", device=torch.device("cuda")), distiller_of("kd"))
+
+
+def test_processes_that_do_not_see_each_other_are_refused():
+    """A configuration for GPUs on a machine without: each process would train, and write, the whole run."""
+    with pytest.raises(ValueError) as caught:
+        check_launch(launch(distributed_type=DistributedType.NO, num_processes=1), distiller_of("kd"))
+    assert str(caught.value) == (
+        "Trainer: the launcher's 2 processes must work together, got 1 each by itself on cpu; on a CPU launch with: "
+        "accelerate launch --cpu --no_python torchrun --nproc_per_node 2 SCRIPT."
+    )
