@@ -63,9 +63,11 @@ class DistillerOutput:
     weighted: dict[str, Tensor]
 
 
-# FSDP2 looks for the tensors that a backward pass starts from in what the forward pass returned, by torch's pytrees. It
-# would find none in an unknown class, and share out no gradient.
-register_pytree_node(DistillerOutput, lambda output: (list(vars(output).values()), None), lambda x, _: DistillerOutput(*x))
+# FSDP2 looks for the tensors that a backward pass starts from in what the forward pass returned. torch 2.14 looks into
+# dataclasses; releases before looked into pytrees alone, and would share out no gradient.
+register_pytree_node(
+    DistillerOutput, lambda output: (list(vars(output).values()), None), lambda x, _: DistillerOutput(*x)
+)
 
 
 class Distiller(nn.Module):
@@ -239,6 +241,7 @@ class Distiller(nn.Module):
 
     def _check_stored(self, teacher: Teacher | StoredTeacher) -> None:
         if isinstance(teacher, StoredTeacher):
+            teacher.check_images(self.student.input_size[1:])
             for name, wanted in self.needs["teacher"].items():
                 own = [request for each in wanted.items() for request in requests_of(*each)]
                 teacher.check_loss(name, self.losses[name], own, self._requests("teacher"))
@@ -399,9 +402,7 @@ class Distiller(nn.Module):
         self._check_batch(images, labels)
         self._check_calibrated()
         weights = {
-            name: self._weight(name, progress)
-            for name in self.weights
-            if name != "task" or self.task_loss is not None
+            name: self._weight(name, progress) for name in self.weights if name != "task" or self.task_loss is not None
         }
         step = self._compiled_step or self._step
         return step(images, labels, weights, second_images, sample_ids, progress, stored)
@@ -409,8 +410,8 @@ class Distiller(nn.Module):
     def compile(self, **options: Any) -> None:
         """Compile the step in place, with options of `torch.compile` (``fullgraph=True``, ``mode``, ``backend``).
 
-        Names of weights stay what they are. Weights that follow a schedule are worked out before the compiled part: each
-        costs one more compilation, when it first changes.
+        Names of weights stay what they are. Loss weights that follow a schedule are worked out before the compiled
+        part: each costs one more compilation, when it first changes.
         """
         self._compiled_step = torch.compile(self._step, **options)
 

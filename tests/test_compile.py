@@ -1,4 +1,4 @@
-"""torch.compile of the whole step: teacher, student, taps and losses in one graph, with the values of the eager step."""
+"""torch.compile of the step: teacher, student, taps and losses in one graph, with the values of the eager step."""
 
 from __future__ import annotations
 

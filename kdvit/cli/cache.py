@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _build(argv: Sequence[str]) -> None:
-    from kdvit.cache.builder import plan
+    from kdvit.cache.builder import check_space, plan
     from kdvit.training.preparation import make_accelerator
 
     parser = Parser("kdvit cache build", description="Store what a teacher says.", epilog=_EXAMPLE)
@@ -72,11 +72,12 @@ def _build(argv: Sequence[str]) -> None:
         augmentation_epochs=arguments.augmentation_epochs, shard_mib=arguments.shard_mib,
     )  # fmt: skip
     shows = accelerator.is_main_process
+    for builder in builders if shows else ():
+        _print_estimate(builder)
+    if arguments.estimate:
+        return
+    check_space(arguments.folder, builders)
     for builder in builders:
-        if shows:
-            _print_estimate(builder)
-        if arguments.estimate:
-            continue
         builder.run(show=shows)
         if shows:
             print(f"whole: {_count(len(builder.units), 'shard')}; train with --stored-teacher {builder.folder}")
@@ -126,7 +127,8 @@ def _show(folder: Path) -> None:
             entry.key, entry.info.location, "x".join(map(str, form.info.shape)), entry.form, str(form.num_bytes)
         )
     console.print(table, highlight=False)
-    replayed = ", replayed again and again" if manifest.augmentation_epochs is not None else ""
+    replays = manifest.augmentation_epochs
+    replayed = f", of which training replays {replays} again and again" if replays is not None else ""
     size = _size(sum(shard.num_bytes for shard in manifest.shards))
     lines = [
         f"{manifest.num_samples} images of {manifest.data}, {_count(manifest.num_epochs, 'epoch')}{replayed}: "

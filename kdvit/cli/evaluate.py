@@ -102,7 +102,7 @@ def _parser() -> Parser:
     add("--batch-size", type=int, default=128, metavar="INT", help="images in one forward pass [128]")
     add("--num-workers", type=int, default=0, metavar="INT", help="loader processes [0]")
     add("--json", metavar="FILE", help="write all of it there")
-    # A `Job` asks for both. A stored teacher knows nothing of test images, and accuracy is that of the teacher as it is.
+    # A `Job` asks for both: a stored teacher knows nothing of test images, and the teacher is evaluated as it is.
     parser.set_defaults(stored_teacher=None, teacher_dtype=None)
     return parser
 

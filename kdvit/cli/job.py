@@ -21,7 +21,6 @@ from kdvit.training import Training
 from kdvit.training.arguments import add_arguments
 from kdvit.wrappers import Student, Teacher
 
-
 #: What --teacher-dtype may say.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

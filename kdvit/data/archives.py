@@ -1,8 +1,8 @@
 """Pictures in tar shards as webdataset writes them: ``000123.jpg`` beside ``000123.cls`` or ``000123.json``.
 
-Webdataset reads shards as a stream, in an order that depends on buffers and workers. Here the headers are read once, and
-a picture is then read where it lies: order, augmentation and resuming stay functions of (seed, epoch, index), and memory
-holds the places of the pictures, not the pictures.
+Webdataset reads shards as a stream, in an order that depends on buffers and workers. Here the headers are read once,
+and a picture is then read where it lies: order, augmentation and resuming stay functions of (seed, epoch, index), and
+memory holds the places of the pictures, not the pictures.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def _read(files: list[Path], class_names: tuple[str, ...] | None) -> RawSplit:
         )
     values = np.array(labels) if kinds == {str} else np.array(labels, dtype=np.int64)
     return RawSplit(
-        TarImages(files, np.array(places, dtype=np.int64).reshape(-1, 3)), values, None if kinds == {str} else class_names
+        TarImages(files, np.array(places, dtype=np.int64).reshape(-1, 3)),
+        values,
+        None if kinds == {str} else class_names,
     )
 
 
@@ -122,7 +124,9 @@ def _members(file: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int | st
                     continue
                 if suffix in IMAGE_SUFFIXES:
                     if stem in pictures:
-                        raise ValueError(f"data: '{file}' must hold one picture a name, got two for '{stem}'; remove one.")
+                        raise ValueError(
+                            f"data: '{file}' must hold one picture a name, got two for '{stem}'; remove one."
+                        )
                     pictures[stem] = member.offset_data, member.size
                 elif suffix in (".cls", ".json"):
                     labels.setdefault(stem, _label(archive.extractfile(member).read(), member.name, file))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -47,7 +48,6 @@ class ReplayableDataset(Dataset):
         self.split, self.transform, self.cache_mib = split, transform, cache_mib
         self.second_transform, self.rows = second_transform, rows
         self.seed = check_seed("ReplayableDataset", seed)
-        self._labels = split.labels.tolist()
         self._cache: dict[int, Image.Image] | None = None
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class ReplayableDataset(Dataset):
     def _sample(self, epoch: int, index: int) -> dict[str, Any]:
         image = self._image(index)
         seed_generators(self.seed, epoch, index)
-        sample = {"image": self.transform(image), "label": self._labels[index], "sample_id": index}
+        sample = {"image": self.transform(image), "label": int(self.split.labels[index]), "sample_id": index}
         if self.second_transform is not None:
             seed_generators(self.seed, epoch, index, 1)
             sample["second_image"] = self.second_transform(image)
@@ -127,6 +127,7 @@ class EpochBatchSampler(BatchSampler):
             )
         self.num_samples, self.batch_size, self.shuffle, self.drop_last = num_samples, batch_size, shuffle, drop_last
         self.seed, self.augmentation_epochs = check_seed("EpochBatchSampler", seed), augmentation_epochs
+        self._drawn: tuple[int, np.ndarray] | None = None
         self.set_epoch(0, start_batch)
 
     @property
@@ -159,12 +160,19 @@ class EpochBatchSampler(BatchSampler):
         return self.batches_per_epoch - self.start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.augmentation_epoch
-        order = range(self.num_samples)
-        if self.shuffle:
-            order = legacy_generator(self.seed, epoch).permutation(self.num_samples).tolist()
+        epoch, order = self.augmentation_epoch, self._order()
         for batch in range(self.start_batch, self.batches_per_epoch):
-            yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in indices.tolist()]
+
+    def _order(self) -> np.ndarray:
+        """Of the epoch's samples; kept, since building a cache begins an epoch at each of its shards."""
+        epoch = self.augmentation_epoch
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, legacy_generator(self.seed, epoch).permutation(self.num_samples)
+        return self._drawn[1]
 
 
 def make_loader(

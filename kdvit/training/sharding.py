@@ -1,9 +1,9 @@
 """FSDP2: a student whose weights are shared out over processes, and its whole state in plain tensors.
 
 `fully_shard` (through Accelerate, or called by hand) turns the parameters of a Distiller into DTensors in place. The
-Distiller, its taps and its losses go on as before, and every process keeps the whole teacher. What changes is everything
-outside the Distiller's own forward: the student cannot be called alone, and a state dict holds shards. Every function
-here is collective: all processes must call it.
+Distiller, its taps and its losses go on as before, and every process keeps the whole teacher. What changes is
+everything outside the Distiller's own forward: the student cannot be called alone, and a state dict holds shards. What
+makes tensors whole is collective: all processes must call it.
 """
 
 from __future__ import annotations

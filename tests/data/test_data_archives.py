@@ -95,7 +95,9 @@ def test_loading_is_the_same_for_any_number_of_workers(shards):
     settings = TransformSettings(image_size=8, num_channels=3)
     found = []
     for num_workers in (0, 2):
-        loader = make_loader(open_data(shards).train, settings, batch_size=4, seed=3, train=True, num_workers=num_workers)
+        loader = make_loader(
+            open_data(shards).train, settings, batch_size=4, seed=3, train=True, num_workers=num_workers
+        )
         loader.batch_sampler.set_epoch(1)
         found.append([(batch["image"], batch["sample_id"]) for batch in loader])
     assert len(found[0]) == 5
@@ -158,7 +160,8 @@ def twice(path: Path) -> None:
 
 
 REFUSED = {
-    damaged: r"data: '.*/a\.tar' must be a whole tar archive, not compressed, got unexpected end of data; make it again\.",
+    damaged: r"data: '.*/a\.tar' must be a whole tar archive, not compressed, got unexpected end of data; make it "
+    r"again\.",
     compressed: r"data: '.*/a\.tar' must be a whole tar archive, not compressed, got .+; make it again\.",
     unlabelled: r"data: '000002' in '.*/a\.tar' must have a label beside it, got none; add 000002\.cls \(a class id or "
     r"name\) or 000002\.json with one of label, cls, class, target\.",
@@ -182,5 +185,7 @@ def test_wrong_archives_are_refused_in_one_sentence(tmp_path, spoil):
 def test_a_shard_that_is_cut_later_is_named(shards):
     data = open_data(shards)
     damaged(shards / "train-1.tar")
-    with pytest.raises(ValueError, match=r"data: the member at byte \d+ of .*train-1.tar must be a readable image, got \d+ of"):
+    with pytest.raises(
+        ValueError, match=r"data: the member at byte \d+ of .*train-1.tar must be a readable image, got \d+ of"
+    ):
         data.train.image(20)

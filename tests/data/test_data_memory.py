@@ -30,7 +30,10 @@ def pictures() -> Iterator[bytes]:
 
 def write_parquet(folder: Path) -> None:
     schema = pyarrow.schema(
-        [("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])), ("label", pyarrow.int64())]
+        [
+            ("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])),
+            ("label", pyarrow.int64()),
+        ]
     )
     with pyarrow.parquet.ParquetWriter(folder / "train.parquet", schema) as writer:
         rows = [{"image": {"bytes": content, "path": None}, "label": n % 5} for n, content in enumerate(pictures())]
