@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -40,9 +43,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
-        remove_folder(path)
+        old = _aside(path)
         temporary.replace(path)
         _flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -66,14 +70,30 @@ def whole_files(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is never seen in part."""
-    if path.exists():
-        shutil.rmtree(path.replace(_emptied(path.with_name(f".{path.name}.old"))))
+    shutil.rmtree(_aside(path), ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file."""
     with whole_file(path) as temporary:
         temporary.write_text(text)
+
+
+def lock(path: Path) -> IO:
+    """Open a file that no other process has then; until it is closed, or the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    file = path.open("a")
+    try:
+        # Of this process: no loader process inherits it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+            file.close()
+            raise BlockingIOError(error.errno, error.strerror) from error
+    return file
 
 
 def sha256(path: Path) -> str:
@@ -105,10 +125,17 @@ def _emptied(path: Path) -> Path:
     return path
 
 
+def _aside(path: Path) -> Path:
+    """Where a folder, if it is there, has been renamed to: what is done to it then nobody sees."""
+    aside = _emptied(path.with_name(f".{path.name}.old"))
+    return path.replace(aside) if path.exists() else aside
+
+
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk; and let others read it as they may any new file."""
     if path.is_file():  # safetensors writes files that only their owner may read
-        path.chmod(0o666 & ~_umask())
+        with suppress(PermissionError):  # file systems without Unix permissions (FAT, SMB, some of FUSE)
+            path.chmod(0o666 & ~_umask())
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -167,7 +167,7 @@ class _PairMoments:
 
     def add(self, student: list[Tensor], teacher: list[Tensor]) -> None:
         """One batch: (B, D) each."""
-        student, teacher = ([x.detach().double().cpu() for x in side] for side in (student, teacher))
+        student, teacher = ([x.detach().cpu().double() for x in side] for side in (student, teacher))
         if self.first is None:
             self.first = [x[:1] for x in student], [y[:1] for y in teacher]
         sides = [

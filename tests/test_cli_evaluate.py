@@ -231,7 +231,7 @@ MISTAKES = {
     ),
     "json folder": (
         ["teacher", "--json", "images"],
-        "--json: 'images' cannot be written (Is a directory); choose anoth",
+        "--json: 'images' must be a file, got a folder; name a file in it.",
     ),
     "batch": (["teacher", "--batch-size", "0"], "EpochBatchSampler: batch_size must be >= 1, got 0;"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -177,8 +178,8 @@ def test_numbers_of_the_head(run):
 def test_every_chart_is_there_and_whole(run):
     page = report(run)
     assert [chart.get("aria-label") for chart in page.charts] == [
-        "Accuracy on the test images", "Gradient share of each loss", "Direction of each loss", "Weighted sum", "task",
-        "kd",
+        "Accuracy on the test images", "Weighted sum of the losses", "Gradient share of each loss",
+        "Direction of each loss", "task", "kd",
         "CKA of student and teacher layers", "relation distance of student and teacher layers", "Learning rate",
         "Images a second",
     ]  # fmt: skip
@@ -189,6 +190,29 @@ def test_every_chart_is_there_and_whole(run):
     assert len([1 for tag, facts in page.tags if facts.get("class") == "picture"]) == 2 * (1 + 2 + 2)
     for word in ("KD(temperature=4.0)", "cross-entropy with the labels", "0.9, 0.999", "torch 2.0, timm 1.0"):
         assert word in page.text
+
+
+def test_of_many_losses_the_strongest_have_a_colour_each(tmp_path):
+    folder = make_run(tmp_path / "many")
+    shares = {"task": 0.001, **{f"loss{index}": index / 100 for index in range(1, 13)}}
+    lines = [
+        {"kind": "gradient", "step": step, "gradient_share": shares, "gradient_cosine": dict.fromkeys(shares, 0.5)}
+        for step in (1, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(folder)
+    legend = re.findall(r'<li><i class="(.*?)"></i>(.*?) <b>(.*?)</b>', page.source)
+    strongest = [("c0", "task"), *((f"c{index - 5}", f"loss{index}") for index in range(6, 13))]
+    assert [one[:2] for one in legend[:8]] == strongest == [one[:2] for one in legend[9:17]]
+    assert legend[8] == ("others", "5 others", "15.0 %")  # 1 + 2 + 3 + 4 + 5
+    areas = [one.get("class") for one in page.charts[0].iter("polygon")]
+    assert areas == [*(f"area {style}" for style, _ in strongest), "area others"]
+
+
+def test_a_single_term_needs_no_share(tmp_path):
+    folder = make_run(tmp_path / "alone")
+    (folder / "metrics.jsonl").write_text('{"kind": "gradient", "step": 1, "gradient_share": {"task": 1.0}}\n')
+    assert "Gradient share" not in report(folder).text
 
 
 def test_text_of_runs_is_escaped(tmp_path):
@@ -298,6 +322,9 @@ def test_what_is_missing_is_said(tmp_path):
         ("run.json", None, "run.json is missing: settings, versions"),
         ("run.json", b'{"settings": ', "run.json cannot be read (Expecting value"),
         ("run.json", b"[]", "run.json holds no settings."),
+        ("run.json", b'{"settings": 3}', "run.json: settings cannot be read, and is left out."),
+        ("run.json", b'{"versions": [1], "result": "x"}', "run.json: result cannot be read, and is left out."),
+        ("run.json", b'{"result": {"seconds": NaN, "best_top1": "x"}}', "Student 80.00 % top-1 on the test images"),
         ("metrics.jsonl", None, "metrics.jsonl is missing: there are no curves."),
         ("metrics.jsonl", b'{"kind": "step", "step": 1}\n{"kind": "st', "metrics.jsonl: lines that cannot be read"),
         ("metrics.jsonl", b"\xff\xfe\n[1]\n", "lines that cannot be read are left out: 2 of 2."),
@@ -327,6 +354,11 @@ def test_an_insight_that_does_not_fit_together_is_left_out(run):
         {"student": facts["student"] | {"predictions": []}},
         {"teacher": facts["teacher"] | {"layers": ["a", "b", "c"]}},
         {"similarity": facts["similarity"] | {"teacher_layers": ["a", "b"]}},
+        {"similarity": facts["similarity"] | {"teacher_layers": [None]}},
+        {"student": facts["student"] | {"layers": {"a": 1}}},
+        {"student": facts["student"] | {"predictions": [[["cat", 0.9]], []]}},
+        {"student": facts["student"] | {"predictions": [[["cat", 0.9]], [["cat", math.nan]]]}},
+        {"student": {name: value for name, value in facts["student"].items() if name != "kind"}},
     ):
         file.write_text(json.dumps(facts | change))
         page = report(run)
@@ -348,7 +380,7 @@ def test_values_that_cannot_be_drawn_are_left_out(run):
         file.write('{"kind": "step", "step": 60, "losses": 3, "gradient_share": null}\n')
     found = read_run(run, "first")
     assert found.series("loss")[-1][0] == 40 and found.series("task", inside="losses")[-1][0] == 40
-    assert report(run).charts[3].get("aria-label") == "Weighted sum"
+    assert report(run).charts[1].get("aria-label") == "Weighted sum of the losses"
 
 
 def test_a_run_without_a_classifier_shows_no_guesses_of_the_student(tmp_path):
@@ -368,10 +400,12 @@ def test_models_without_maps_say_why(run):
     file = run / "insight" / "insight.json"
     facts = json.loads(file.read_text())
     facts["teacher"] |= {"kind": None, "layers": [], "note": "its outputs were stored"}
+    facts["student"] |= {"note": "no predictions: its logits are NaN", "predictions": None}
     facts["similarity"] = facts["similarity"] | {"note": "a plain module", "student_layers": [], "teacher_layers": []}
     file.write_text(json.dumps(facts))
     page = report(run)
     assert "Teacher (large): no maps, since its outputs were stored" in page.text
+    assert "Student (small): attention of the class token; no predictions: its logits are NaN" in page.text
     assert "Not compared: a plain module" in page.text
     assert len([1 for tag, attributes in page.tags if attributes.get("class") == "picture"]) == 2 * (1 + 2)
     facts["teacher"] = facts["similarity"] = None
@@ -390,9 +424,13 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path, run):
         ): f"report: '{tmp_path / 'none'}' must be a run folder with run.json and metrics.jsonl, got no "
         "folder; give the --output of a training run.",
         (
+            run / "insight",
+        ): f"report: '{run / 'insight'}' must be a run folder with run.json and metrics.jsonl, got a folder without "
+        "them; give the --output of a training run.",
+        (
             tmp_path,
-        ): f"report: '{tmp_path}' must be a run folder with run.json and metrics.jsonl, got a folder without them; "
-        "give the --output of a training run.",
+        ): f"report: '{tmp_path}' must be a run folder with run.json and metrics.jsonl, got a folder of 1; name those, "
+        f"such as '{run}'.",
         (
             run,
             run / ".." / "first",

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import islice
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdvit.cache.fingerprint import differences, of_bridge, of_job, of_teacher
+from kdvit.cache.fingerprint import differences, of_images, of_job, of_teacher
 from kdvit.cache.forms import Form, Projected, choose_forms
 from kdvit.cache.manifest import CONSTANTS, NAME, Manifest, Shard, Stored
 from kdvit.cache.shards import SAMPLE_ID, open_shard, size_fault, write_shard
@@ -25,11 +25,12 @@ from kdvit.cache.teacher import PART, key_of, live_fault
 from kdvit.cost import num_macs, num_parameters
 from kdvit.data import BatchMixer, EpochBatchSampler, ImageData, ReplayableDataset, TransformSettings, make_loader
 from kdvit.distiller import Distiller
-from kdvit.files import WRITE_ERRORS, sha256, whole_file, why
+from kdvit.files import WRITE_ERRORS, lock, sha256, whole_file, why
 from kdvit.signals import CALLABLE_SIGNALS
 from kdvit.taps.reader import Request
 from kdvit.training.display import Display
 from kdvit.training.evaluation import evaluate
+from kdvit.training.fidelity import teacher_prediction
 from kdvit.training.held_out import HeldOut
 from kdvit.training.preparation import make_accelerator, transform_for
 from kdvit.training.settings import Training
@@ -37,6 +38,12 @@ from kdvit.wrappers import Teacher
 
 #: What each process notes of the shards that it wrote, until they are in the manifest.
 _NOTES = "building-{}.jsonl"
+#: Of a shard, also where they are small: processes share out shards, and one that is killed loses what it had of one.
+MAX_ROWS = 2**16
+#: Held by the command that builds.
+_LOCK = ".lock"
+#: What a process leaves that is killed before there is a manifest.
+_REMAINS = {_LOCK, CONSTANTS, *(f".{name}.tmp" for name in (CONSTANTS, NAME))}
 #: Epoch and number of a shard.
 Unit = tuple[int, int]
 
@@ -83,6 +90,7 @@ def build(
         folder, distiller, data, settings, accelerator, transform=transform, form=form,
         augmentation_epochs=augmentation_epochs, shard_mib=shard_mib,
     )  # fmt: skip
+    check_space(folder, builders)
     for builder in builders:
         builder.run(show=accelerator.is_main_process and not quiet)
     return [builder.folder for builder in builders]
@@ -128,6 +136,19 @@ def plan(
     ]  # fmt: skip
 
 
+def check_space(folder: str | Path, builders: Sequence[Builder]) -> None:
+    """
+    Raises:
+        ValueError: what all of them have still to write does not fit.
+    """
+    left, free = sum(builder.left_bytes for builder in builders), builders[0].free_bytes
+    if left > free:
+        raise ValueError(
+            f"cache '{folder}': {left / 2**30:.3g} GiB must fit onto the disk, which has {free / 2**30:.3g} GiB free; "
+            "choose a smaller form, fewer --augmentation-epochs, or another disk."
+        )
+
+
 class Builder:
     """The cache of one teacher: what it will hold, how large it will be, and how it is made.
 
@@ -159,6 +180,7 @@ class Builder:
         self.folder, self.data, self.settings, self.accelerator = folder, data, settings, accelerator
         self.transform, self.dataset = transform, dataset
         self.teacher: Teacher = distiller.teachers[number]
+        self.image_size = distiller.student.input_size[1:]
         signals = distiller.signals["teacher"][number]
         self.reads_head = any(request.signal == "head" for request in signals) or any(
             loss.predict is not None for loss in distiller.losses.values()
@@ -203,8 +225,8 @@ class Builder:
     ) -> Manifest:
         """What the cache will hold; or, where a part of it is there, what that part began."""
         teacher, settings = self.teacher, self.settings
-        if not shard_mib > 0:
-            raise ValueError(f"cache: shard_mib must be > 0, got {shard_mib}; the default is 256.")
+        if not 0 < shard_mib < math.inf:
+            raise ValueError(f"cache: shard_mib must be > 0 and finite, got {shard_mib}; the default is 256.")
         num_epochs = self._num_epochs(augmentation_epochs)
         manifest = Manifest(
             teacher={
@@ -215,26 +237,26 @@ class Builder:
                 "num_blocks": num_blocks,
                 "num_parameters": num_parameters(teacher.model),
                 "num_macs": num_macs(teacher.model, teacher.input_size),
-                "precision": settings.mixed_precision,
             },
             fingerprint={
                 "teacher": of_teacher(teacher),
-                "images": of_bridge(teacher.bridge, teacher.input_size),
+                "images": of_images(teacher.bridge, teacher.input_size, self.image_size),
                 "job": dict(job),
+                "building": {"mixed_precision": settings.mixed_precision},
             },
             signals=[Stored(key, form.text, form.source) for key, form in self.forms.items()],
             num_samples=len(self.dataset),
             num_epochs=num_epochs,
             augmentation_epochs=augmentation_epochs,
-            batch_size=min(settings.batch_size, len(self.dataset)),
-            batches_per_shard=max(1, int(shard_mib * 2**20 / (self.row_bytes * settings.batch_size))),
+            batch_size=settings.batch_size,
+            batches_per_shard=max(1, int(min(shard_mib * 2**20 / self.row_bytes, MAX_ROWS) / settings.batch_size)),
             data=self.data.name,
             versions={
                 name: metadata.version(name) for name in ("torch", "timm", "torchvision", "pillow", "safetensors")
             },
         )
         if not (self.folder / NAME).exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(path.name not in _REMAINS for path in self.folder.iterdir()):
                 raise ValueError(
                     f"cache '{self.folder}' must be empty or a cache, and holds other files; choose another."
                 )
@@ -300,24 +322,24 @@ class Builder:
             place = place.parent
         return shutil.disk_usage(place).free
 
-    def check_space(self) -> None:
-        """
-        Raises:
-            ValueError: what is still to be written does not fit.
-        """
-        left = self.total_bytes - sum(shard.num_bytes for shard in self._records().values())
-        if left > self.free_bytes:
-            raise ValueError(
-                f"cache '{self.folder}': {left / 2**30:.3g} GiB must fit onto the disk, which has "
-                f"{self.free_bytes / 2**30:.3g} GiB free; choose a smaller form, fewer --augmentation-epochs, or "
-                "another disk."
-            )
+    @property
+    def left_bytes(self) -> int:
+        """What is still to be written."""
+        return self.total_bytes - sum(shard.num_bytes for shard in self._records().values())
 
     # Building
 
     def run(self, show: bool = True) -> None:
-        """Make what is missing."""
-        self.check_space()
+        """Make what is missing.
+
+        Raises:
+            ValueError: another process builds it.
+            RuntimeError: it cannot be written, or the teacher gives NaN.
+        """
+        with self._alone():
+            self._run(show)
+
+    def _run(self, show: bool) -> None:
         main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
         self.teacher.to(self.accelerator.device)
         records = self._records()
@@ -341,20 +363,44 @@ class Builder:
             self._write(self._finish)
         wait()
 
-    def _begin(self) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Make the folder, and keep other commands out of it, however this one ends."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            held = lock(self.folder / _LOCK)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"cache '{self.folder}' must be built by one command at a time, and another one is at work; wait for "
+                "it, or choose another folder."
+            ) from error
         except OSError as error:
-            raise ValueError(f"cache '{self.folder}' cannot be made ({why(error)}); choose another folder.") from error
+            what = "written" if self.folder.is_dir() else "made"
+            raise ValueError(
+                f"cache '{self.folder}' cannot be {what} ({why(error)}); choose another folder."
+            ) from error
+        with held:
+            yield
+
+    def _begin(self) -> None:
         self._keep_constants()
         self._write_manifest()
 
     def _finish(self) -> None:
         """The checksums of all processes into the manifest."""
         records = self._records()
+        missing = len(set(self.units) - records.keys())
         self.manifest.shards = [records[unit] for unit in sorted(records)]
-        self.manifest.complete = True
+        self.manifest.complete = not missing
         self._write_manifest()
+        if missing:
+            raise RuntimeError(
+                f"cache '{self.folder}' must be seen by all processes, and {missing} of {len(self.units)} shards are "
+                "nowhere; choose a folder that all machines share, then run the same command again."
+            )
 
     def _write_manifest(self) -> None:
         """With all that processes noted: their notes begin anew, so that none follows one that was cut short."""
@@ -432,7 +478,7 @@ class Builder:
 
     @torch.no_grad()
     def _accuracy(self) -> dict[str, float] | None:
-        settings, teacher = self.settings, self.teacher
+        settings = self.settings
         loader = make_loader(
             self.data.test,
             self.transform,
@@ -441,13 +487,11 @@ class Builder:
             num_workers=settings.num_workers,
         )
         loader = self.accelerator.prepare(loader)
-        try:
-            if teacher.predict(next(iter(loader))["image"][:1]).shape[1] != len(self.data.classes):
-                return None
-        except TypeError:  # a backbone without a classifier
+        predict = teacher_prediction(self.teacher, loader, len(self.data.classes))
+        if predict is None:
             return None
         with self._autocast():
-            return asdict(evaluate(teacher.predict, loader, self.accelerator))
+            return asdict(evaluate(predict, loader, self.accelerator))
 
     # Files
 

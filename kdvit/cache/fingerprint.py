@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Images whose pixels stand for all.
 NUM_IMAGES = 16
+#: Augmentations of one picture that stand for all.
+NUM_DRAWS = 8
 
 
 def of_teacher(teacher: Teacher) -> dict[str, Any]:
@@ -37,14 +39,18 @@ def of_teacher(teacher: Teacher) -> dict[str, Any]:
 
 
 def of_bridge(bridge: ImageBridge, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """What was done to the student's images for the teacher."""
+    """What was done to the student's images for the teacher. They are resized where their size is another."""
     return {
         "teacher_input_size": list(input_size),
         "channels_repeated_to": bridge.channels,
-        "resized_to": list(bridge.size) if bridge.size is not None else None,
         "normalisation_scale": bridge.scale.flatten().tolist() if bridge.scale is not None else None,
         "normalisation_shift": bridge.shift.flatten().tolist() if bridge.shift is not None else None,
     }
+
+
+def of_images(bridge: ImageBridge, input_size: tuple[int, int, int], image_size: Sequence[int]) -> dict[str, Any]:
+    """What the teacher was shown, of images of the student of (height, width) `image_size`."""
+    return {"image_size": list(image_size), **of_bridge(bridge, input_size)}
 
 
 def of_job(split: ImageSplit, transform: TransformSettings, settings: Training, *, holds_out: bool) -> dict[str, Any]:
@@ -65,6 +71,7 @@ def of_job(split: ImageSplit, transform: TransformSettings, settings: Training, 
             "pixels": _pixels(split),
         },
         "transform": _plain(asdict(transform)),
+        "augmentation": _augmentation(transform),
         "seed": settings.seed,
         "held_out_ratio": settings.held_out_ratio if holds_out else None,
         "mixup_alpha": float(settings.mixup_alpha),
@@ -103,6 +110,21 @@ def _pixels(split: ImageSplit) -> str:
     for index in np.linspace(0, len(split) - 1, min(NUM_IMAGES, len(split))).astype(np.int64):
         image = split.image(int(index))
         digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def _augmentation(transform: TransformSettings) -> str:
+    """What the transform makes of a made-up picture; other versions of timm, torchvision or Pillow may differ in it."""
+    from PIL import Image
+
+    from kdvit.data.randomness import preserved_generators, seed_generators
+
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (80, 96, 3), dtype=np.uint8))
+    augment, digest = transform.training(), hashlib.sha256()
+    with preserved_generators():
+        for draw in range(NUM_DRAWS):
+            seed_generators(draw)
+            digest.update(augment(picture).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -234,7 +234,7 @@ def choose_forms(texts: str | Sequence[str], infos: Sequence[SignalInfo]) -> lis
     for word in words:
         if all(_form(word, info).refusal() for info in infos):
             make_form(word, infos[0])  # raises
-    return [make_form(named.get(info.signal) or _suiting(words, info), info) for info in infos]
+    return [make_form(named[info.signal] if info.signal in named else _suiting(words, info), info) for info in infos]
 
 
 def _suiting(words: Sequence[str], info: SignalInfo) -> str:

@@ -59,7 +59,8 @@ class Manifest:
 
     Args:
         teacher: facts that stand for the live one, see `kdvit.cache.teacher.StoredTeacher`.
-        fingerprint: what the rows were made of; a job that differs is refused.
+        fingerprint: what the rows were made of. A job that differs in ``teacher``, ``images`` or ``job`` is refused; a
+            building also in ``building``.
         signals: what is stored.
         num_samples: images of the training split.
         num_epochs: how many augmentation epochs.
@@ -109,7 +110,11 @@ class Manifest:
             raise ValueError(
                 f"cache '{folder}' must be a folder that `kdvit cache build` made, and has no {NAME}; check the path."
             ) from error
-        except (OSError, ValueError) as error:  # not readable, no JSON, no text
+        except OSError as error:
+            from kdvit.files import why
+
+            raise ValueError(f"cache '{folder}': {NAME} cannot be read ({why(error)}); check the path.") from error
+        except ValueError as error:  # no JSON, no text
             raise _damaged(folder) from error
         if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest(facts):
             raise _damaged(folder)

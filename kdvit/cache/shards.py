@@ -156,10 +156,14 @@ def write_shard(folder: Path, epoch: int, number: int, tensors: Mapping[str, Ten
 
 def size_fault(folder: Path, shard: Shard) -> str:
     """What is wrong with a shard at first sight; "" for nothing. Altered bytes show in `faults` alone."""
+    from kdvit.files import why
+
     try:
         size = (folder / shard.name).stat().st_size
     except FileNotFoundError:
         return f"'{folder / shard.name}' is missing"
+    except OSError as error:
+        return f"'{folder / shard.name}' cannot be read ({why(error)})"
     if size != shard.num_bytes:
         return f"'{folder / shard.name}' must have {shard.num_bytes} bytes, got {size}"
     return ""
@@ -167,13 +171,17 @@ def size_fault(folder: Path, shard: Shard) -> str:
 
 def faults(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it or "") of each file of a cache; all bytes are read."""
+    for name, digest in manifest.files.items():
+        yield name, file_fault(folder / name, digest)
+
+
+def file_fault(path: Path, digest: str) -> str:
+    """What is wrong with a file, whose checksum is known, or ""; all bytes are read."""
     from kdvit.files import sha256, why
 
-    for name, digest in manifest.files.items():
-        try:
-            wrong = "" if sha256(folder / name) == digest else "was altered or cut short (its checksum differs)"
-        except FileNotFoundError:
-            wrong = "is missing"
-        except OSError as error:
-            wrong = f"cannot be read ({why(error)})"
-        yield name, wrong
+    try:
+        return "" if sha256(path) == digest else "was altered or cut short (its checksum differs)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({why(error)})"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kdvit.bridge import ImageBridge
-from kdvit.cache.fingerprint import differences, of_bridge, of_teacher
+from kdvit.cache.fingerprint import differences, of_images, of_teacher
 from kdvit.cache.forms import Form
 from kdvit.cache.manifest import CONSTANTS, REBUILD, Manifest
-from kdvit.cache.shards import Rows, faults, open_shard
+from kdvit.cache.shards import Rows, faults, file_fault, open_shard
 from kdvit.losses.loss import SECOND_VIEW, SIDES, Loss, split_input
 from kdvit.signals import CALLABLE_SIGNALS, SignalInfo
 from kdvit.taps.family import Family
@@ -40,8 +40,8 @@ class StoredTeacher(nn.Module):
 
     or pass ``sample_ids`` and ``progress``, and they are read in the step, of epoch int(progress.epoch).
 
-    Sizes of all files are checked here; flipped bytes are found by ``verify=True`` and by ``kdvit cache verify``, which
-    read everything: too slow for every start.
+    Sizes of all shards are checked here; flipped bytes in them are found by ``verify=True`` and by ``kdvit cache
+    verify``, which read everything: too slow for every start.
 
     Args:
         folder: of the cache.
@@ -89,7 +89,11 @@ class StoredTeacher(nn.Module):
     def _load_head(self) -> nn.Linear | None:
         if not self.manifest.constants:
             return None
-        constants = open_shard(self.folder / CONSTANTS)
+        path = self.folder / CONSTANTS
+        wrong = file_fault(path, self.manifest.constants)  # of some megabytes, and a student may be deployed with it
+        if wrong:
+            raise ValueError(f"StoredTeacher: '{path}' {wrong}; {REBUILD}.")
+        constants = open_shard(path)
         if "head.weight" not in constants:
             return None
         weight, bias = constants["head.weight"], constants.get("head.bias")
@@ -105,7 +109,8 @@ class StoredTeacher(nn.Module):
     def describe(self) -> str:
         """What is stored, in words."""
         entries = [f"{entry.key} ({entry.form})" for entry in self.manifest.signals]
-        return ", ".join([*entries, *(["head"] if self._head is not None else [])])
+        replayed = [] if self.augmentation_epochs is None else [f"{self.augmentation_epochs} epochs to replay"]
+        return ", ".join([*entries, *(["head"] if self._head is not None else []), *replayed])
 
     def train(self, mode: bool = True) -> StoredTeacher:
         """A teacher stays in eval mode, whatever is asked."""
@@ -123,6 +128,24 @@ class StoredTeacher(nn.Module):
         other.deafen()
         other.input_size = self.stated_size
         return other
+
+    def check_images(self, image_size: Sequence[int]) -> None:
+        """Refuse a student of another input size or normalisation than the rows were made for.
+
+        Args:
+            image_size: (height, width) of the student's images.
+
+        Raises:
+            ValueError: the sentence says what differs.
+        """
+        seen = of_images(self.bridge, self.input_size, image_size)
+        differs = differences(self.manifest.fingerprint["images"], seen)
+        if differs:
+            raise ValueError(
+                f"StoredTeacher: '{self.folder}' must be used with the images that it was made from, but what the "
+                f"teacher was shown differs: {differs}; give the student the same input size, mean and std, or build "
+                "another cache."
+            )
 
     def check_loss(self, name: str, loss: Loss, own: Sequence[Request], requests: Sequence[Request]) -> None:
         """Refuse a loss that needs more of the teacher than is stored.
@@ -153,16 +176,8 @@ class StoredTeacher(nn.Module):
         """Choose what is read.
 
         Raises:
-            ValueError: something is not stored, or the rows were made from images of another size or normalisation.
+            ValueError: something is not stored.
         """
-        seen = of_bridge(self.bridge, self.input_size)
-        differs = differences(self.manifest.fingerprint["images"], seen)
-        if differs:
-            raise ValueError(
-                f"StoredTeacher: '{self.folder}' must be used with the images that it was made from, but what the "
-                f"teacher was shown differs: {differs}; give the student the same input size, mean and std, or build "
-                "another cache."
-            )
         forms, infos = {}, {}
         for request in requests:
             if not self._stores(request, requests):

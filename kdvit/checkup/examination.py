@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def check(
     plan = plan or Plan()
     device = next(distiller.student.parameters()).device
     with _unchanged_generators(device):
-        taken, data_seconds = _taken(batches, num_batches)
+        taken, data_seconds = _taken(batches, num_batches, plan.num_workers)
         judged = taken if sample is None else [_as_dict(batch) for batch in sample]
         # The teachers are shared: what they are asked for does not change them, and a large one is not held twice.
         subject = copy.deepcopy(distiller, {id(teacher): teacher for teacher in distiller.teachers})
@@ -88,7 +89,8 @@ def check(
         if rehearsed.cost is not None:
             findings += look_at_gradients(subject, rehearsed)
             findings += [look_at_numbers(rehearsed), *look_at_balance(subject, rehearsed)]
-            findings += look_at_time(subject, rehearsed.cost, plan, device_name(device))
+            # A calibrated copy would seem to need no live teacher.
+            findings += look_at_time(distiller, rehearsed.cost, plan, device_name(device))
         findings.append(look_at_memory(subject, rehearsed, device))
     teachers = listed([f"'{teacher.name}'" for teacher in distiller.teachers], 2) or "labels"
     source = f" on {Path(data.name).name}" if data is not None else ""
@@ -108,8 +110,12 @@ def _unchanged_generators(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _taken(batches: Iterable[Batch], count: int) -> tuple[list[dict[str, Tensor]], float]:
-    """(the first batches, the seconds that loading one takes); the first one, which starts the loader, is not timed."""
+def _taken(batches: Iterable[Batch], count: int, num_workers: int) -> tuple[list[dict[str, Tensor]], float]:
+    """(the first batches, the seconds that loading one takes).
+
+    The first one, which starts the loader, is not timed; but of loader processes each makes one batch at the same time,
+    and what comes right after the first says nothing.
+    """
     taken, iterator = [], islice(batches, count)
     started = time.perf_counter()
     for batch in iterator:
@@ -122,8 +128,10 @@ def _taken(batches: Iterable[Batch], count: int) -> tuple[list[dict[str, Tensor]
             "Distiller.check: batches must hold at least one batch, got none; give a loader, or a list of "
             "(images, labels)."
         )
-    seconds = (time.perf_counter() - started) / (len(taken) - 1) if len(taken) > 1 else first_seconds
-    return taken, seconds
+    seconds = time.perf_counter() - started
+    if num_workers:
+        return taken, (first_seconds + seconds) / (math.ceil(len(taken) / num_workers) * num_workers)
+    return taken, seconds / (len(taken) - 1) if len(taken) > 1 else first_seconds
 
 
 def _as_dict(batch: Batch) -> dict[str, Tensor]:

@@ -64,11 +64,13 @@ def check_training(
     )
     steps_per_epoch = math.ceil(len(loader) / settings.accumulation_steps)
     num_steps = settings.steps or settings.epochs * steps_per_epoch
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
+    num_evaluations = math.ceil(num_epochs / settings.evaluate_epochs)
     stored = [teacher for teacher in distiller.teachers if isinstance(teacher, StoredTeacher)]
     if stored:
         job = of_job(train, transform, settings, holds_out=len(train) < len(data.train))
         for teacher in stored:
-            teacher.check_job(job, math.ceil(num_steps / steps_per_epoch))
+            teacher.check_job(job, num_epochs)
     plan = Plan(
         optimizer=partial(make_optimizer, settings=settings),
         mixed_precision=settings.mixed_precision,
@@ -78,7 +80,7 @@ def check_training(
         num_workers=settings.num_workers,
         num_train_images=len(train),
         num_test_images=len(data.test),
-        num_evaluations=math.ceil(math.ceil(num_steps / steps_per_epoch) / settings.evaluate_epochs),
+        num_evaluations=num_evaluations if distiller.trains_classifier else 0,
     )
     judged = load(_drawn(data.test), batch_size=settings.batch_size, train=False)
     return check(

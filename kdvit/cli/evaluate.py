@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--layers: it must be >= 0, got {arguments.layers}; 0 compares none.")
     if arguments.json is not None and not Path(arguments.json).parent.is_dir():
         raise ValueError(f"--json: '{arguments.json}' must be in a folder that exists, got none; make it first.")
+    if arguments.json is not None and Path(arguments.json).is_dir():
+        raise ValueError(f"--json: '{arguments.json}' must be a file, got a folder; name a file in it.")
     job = Job(arguments)
     accelerator = Accelerator()
     teacher = job.teachers[0] if job.teachers else None

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from kdvit.report.scale import Format, log_ticks, nice_ticks, short, tick_format
 
 WIDTH, HEIGHT = 540, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 28
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 10, 28
 #: Points of a curve at most; of a longer one the means of equal stretches are drawn.
 MAX_POINTS = 240
 #: Places along a chart that answer to the mouse, at most.
@@ -164,7 +164,8 @@ def _x_axis(steps: Sequence[float]) -> tuple[Callable[[float], float], Markup]:
     low, high = min(steps), max(steps)
     to_x = _scale(low, high, LEFT, WIDTH - RIGHT)
     ticks = [low] if low == high else [tick for tick in nice_ticks(low, high, 6) if low <= tick <= high]
-    room = [tick for tick in ticks if to_x(tick) < WIDTH - RIGHT - 48]  # the axis's name stands at its end
+    # There is no half a step, and the axis's name stands at its end.
+    room = [tick for tick in ticks if tick == round(tick) and to_x(tick) < WIDTH - RIGHT - 48]
     texts = [_tag("text", short(tick), cls="x", x=to_x(tick), y=HEIGHT - BOTTOM + 18) for tick in room]
     name = _tag("text", "step", cls="axis", x=WIDTH - RIGHT, y=HEIGHT - BOTTOM + 18)
     return to_x, Markup("").join([*texts, name])

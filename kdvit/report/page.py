@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -92,7 +92,7 @@ def render(runs: Sequence[Run], baseline: Run | None = None) -> str:
         loader=PackageLoader("kdvit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "short": short, "plain": plain}
+    environment.filters |= {"percent": percent, "short": short, "plain": plain, "place": place}
     style = Markup(environment.get_template("page.css").render())
     return environment.get_template("page.html").render(
         style=style,
@@ -102,8 +102,7 @@ def render(runs: Sequence[Run], baseline: Run | None = None) -> str:
         lead=_lead(subject),
         tiles=_tiles(subject, baseline),
         warnings=_warnings(subject, baseline, styled),
-        accuracy=_accuracy(styled, subject),
-        gradients=[_gradient_share(subject), _gradient_cosine(subject)],
+        course=[_accuracy(styled, subject), _total(styled), _gradient_share(subject), _gradient_cosine(subject)],
         losses=_losses(styled),
         pace=[_learning_rate(styled), _throughput(styled)],
         insight=subject.insight,
@@ -130,6 +129,16 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def place(layer: str) -> str:
+    """A layer's place in its model, short enough for the head of a column.
+
+    Example:
+        >>> [place(layer) for layer in ("blocks.3.attn", "layer1", "dinov2_with_registers.encoder.layer.1.attention")]
+        ['blocks.3', 'layer1', 'layer.1']
+    """
+    return ".".join(layer.removesuffix(".attn").removesuffix(".attention").split(".")[-2:])
+
+
 # The head
 
 
@@ -151,8 +160,9 @@ def _tiles(run: Run, baseline: Run | None) -> list[Tile]:
     mine, teacher, other = run.top1, run.teacher_top1, baseline.top1 if baseline else None
     result = run.result
     note = "top-1 on the test images"
-    if result.get("best_top1") is not None and mine is not None and result["best_top1"] > mine:
-        note = f"top-1; best {result['best_top1']:.2f} % at epoch {result['best_epoch']}"
+    best, epoch = result.get("best_top1"), result.get("best_epoch")
+    if None not in (best, epoch, mine) and best > mine:
+        note = f"top-1; best {best:.2f} % at epoch {epoch:.0f}"
     tiles = [Tile("Student", percent(mine) if mine is not None else "–", note if mine is not None else "no accuracy")]
     if teacher is not None:
         tiles.append(Tile("Teacher", percent(teacher), _difference(mine, teacher, "the student is"), "muted"))
@@ -254,19 +264,36 @@ def _accuracy(styled: Sequence[tuple[Run, str]], subject: Run) -> Card:
     return _card("Accuracy on the test images", series, format=percent, empty=empty, log=False)
 
 
-def _terms_styled(run: Run, inside: str) -> list[Series]:
-    return [
-        Series(name, run.series(name, inside=inside), f"c{index % NUM_COLOURS}")
-        for index, name in enumerate(run.names(inside))
+def _gradient_share(run: Run) -> Card | None:
+    """Where there is more than one term; the strongest have a colour each, and the others one together."""
+    title, strongest, series = "Gradient share of each loss", _strongest(run), []
+    others: dict[float, float] = {}
+    for name in run.names("gradient_share"):
+        points = run.series(name, inside="gradient_share")
+        if name in strongest:
+            series.append(Series(name, points, strongest[name]))
+        else:
+            others |= {step: others.get(step, 0.0) + share for step, share in points}
+    num_others = len(run.names("gradient_share")) - len(strongest)
+    series = [
+        one
+        for one in [*series, Series(f"{num_others} other{'s'[: num_others > 1]}", [*others.items()], "others")]
+        if one.points
     ]
-
-
-def _gradient_share(run: Run) -> Card:
-    title, series = "Gradient share of each loss", [s for s in _terms_styled(run, "gradient_share") if s.points]
     if not series:
         return Card(title, None, empty="Not recorded: train with gradient_share_steps.")
+    if len(series) == 1:
+        return None
     note = "How hard each weighted loss pulls at the student: the norm of its gradient, as a share of their sum."
     return Card(title, area_chart(series, title, format=_share), _legend(series, _share), note)
+
+
+def _strongest(run: Run) -> dict[str, str]:
+    """Term -> its colour: all, or the task loss and those of the largest shares, as many as there are colours."""
+    names = run.names("gradient_share")
+    sums = {name: sum(share for _, share in run.series(name, inside="gradient_share")) for name in names}
+    kept = sorted(names, key=lambda name: (name != "task", -sums[name]))[:NUM_COLOURS]
+    return {name: f"c{index}" for index, name in enumerate(name for name in names if name in kept)}
 
 
 def _share(value: float) -> str:
@@ -274,12 +301,9 @@ def _share(value: float) -> str:
 
 
 def _gradient_cosine(run: Run) -> Card | None:
-    """Where there is a task loss and another one."""
-    styles = {name: f"c{index % NUM_COLOURS}" for index, name in enumerate(run.names("gradient_share"))}
-    series = [
-        Series(name, run.series(name, inside="gradient_cosine"), styles.get(name, "c0"))
-        for name in run.names("gradient_cosine")
-    ]
+    """Where there is a task loss and another one: of the strongest."""
+    strongest = _strongest(run).items()
+    series = [Series(name, run.series(name, inside="gradient_cosine"), style) for name, style in strongest]
     series = [one for one in series if one.points]
     if not series:
         return None
@@ -288,12 +312,16 @@ def _gradient_cosine(run: Run) -> Card | None:
     return Card(title, line_chart(series, title, log=False), _legend(series, short), note)
 
 
+def _total(styled: Sequence[tuple[Run, str]]) -> Card | None:
+    series = _overlaid(styled, lambda run: run.series("loss"))
+    return _card("Weighted sum of the losses", series) if series else None
+
+
 def _losses(styled: Sequence[tuple[Run, str]]) -> list[Card]:
-    total = _overlaid(styled, lambda run: run.series("loss"))
-    cards = [_card("Weighted sum", total)] if total else []
-    for name in dict.fromkeys(name for run, _ in styled for name in run.names("losses")):
-        cards.append(_card(name, _overlaid(styled, lambda run, name=name: run.series(name, inside="losses"))))
-    return cards
+    return [
+        _card(name, _overlaid(styled, lambda run, name=name: run.series(name, inside="losses")))
+        for name in dict.fromkeys(name for run, _ in styled for name in run.names("losses"))
+    ]
 
 
 def _learning_rate(styled: Sequence[tuple[Run, str]]) -> Card:
@@ -334,8 +362,6 @@ def _matrices(run: Run) -> list[Card]:
 def _terms(run: Run) -> list[tuple[str, str, str]]:
     """(name, weight, loss) of everything that was minimised."""
     weights, losses = run.facts.get("weights") or {}, run.facts.get("losses") or {}
-    if not isinstance(weights, Mapping) or not isinstance(losses, Mapping):
-        return []
     measured = run.names("losses")
     return [
         (name, plain(weight), str(losses.get(name, "cross-entropy with the labels")))
@@ -353,8 +379,7 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
             for name in ("student", "teacher", "data", "trained_images", "num_processes", "device", "commit")
             if name in run.facts
         }
-        transform = run.facts.get("transform")
-        transform = {f"transform.{k}": v for k, v in transform.items()} if isinstance(transform, Mapping) else {}
+        transform = {f"transform.{name}": value for name, value in (run.facts.get("transform") or {}).items()}
         tables.append({**facts, **run.settings, **transform})
     names = list(dict.fromkeys(name for table in tables for name in table))
     rows = [(name, [plain(table.get(name)) for table in tables]) for name in names]

@@ -15,6 +15,8 @@ import numpy as np
 from kdvit.report.classes import Classes, classes_of
 
 Points = list[tuple[float, float]]
+#: Entries of run.json that are tables.
+TABLES = ("settings", "transform", "versions", "weights", "losses", "result")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Run:
 
     @property
     def result(self) -> Mapping[str, Any]:
-        """What the run came to; empty where it did not finish."""
+        """What the run came to, in numbers; empty where it did not finish."""
         return self.facts.get("result") or {}
 
     @property
@@ -111,11 +113,11 @@ def read_run(path: Path, name: str) -> Run:
         ValueError: there is neither a run.json nor a metrics.jsonl.
     """
     if not any((path / file).is_file() for file in ("run.json", "metrics.jsonl")):
-        got = "a folder without them" if path.is_dir() else "no folder"
-        raise ValueError(
-            f"report: '{path}' must be a run folder with run.json and metrics.jsonl, got {got}; give the --output of a "
-            "training run."
-        )
+        got, cure = "a folder without them" if path.is_dir() else "no folder", "give the --output of a training run"
+        inside = sorted(file.parent for pattern in ("*/run.json", "*/*/run.json") for file in path.glob(pattern))
+        if inside:  # of a comparison, or of stages
+            got, cure = f"a folder of {len(inside)}", f"name those, such as '{inside[-1]}'"
+        raise ValueError(f"report: '{path}' must be a run folder with run.json and metrics.jsonl, got {got}; {cure}.")
     notes: list[str] = []
     facts = _facts(path / "run.json", notes)
     lines = _lines(path / "metrics.jsonl", notes)
@@ -146,6 +148,12 @@ def _facts(file: Path, notes: list[str]) -> Mapping[str, Any]:
     if not isinstance(facts, dict):
         notes.append("run.json holds no settings.")
         return {}
+    for name in TABLES:
+        if facts.get(name) is not None and not isinstance(facts[name], dict):
+            notes.append(f"run.json: {name} cannot be read, and is left out.")
+            facts[name] = None
+    if facts.get("result"):
+        facts["result"] = {name: _number(value) for name, value in facts["result"].items()}
     return facts
 
 
@@ -207,17 +215,33 @@ def _check(insight: Insight) -> None:
     if tensors["images"].ndim != 4 or tensors["images"].dtype != np.uint8 or len(tensors["images"]) != num_images:
         raise ValueError("images do not fit their labels")
     for side in ("student", "teacher"):
-        model = facts[side]
-        for index, _ in enumerate(model["layers"] if model else ()):
-            if tensors[f"{side}.{index}"].ndim != 3 or len(tensors[f"{side}.{index}"]) != num_images:
-                raise ValueError(f"the {side}'s maps do not fit the images")
-        if model and model["predictions"] is not None and len(model["predictions"]) != num_images:
-            raise ValueError(f"the {side}'s predictions do not fit the images")
+        if facts[side]:
+            _check_model(side, facts[side], tensors, num_images)
     similarity = facts["similarity"]
     if similarity and similarity["note"] is None:
-        shape = (len(similarity["student_layers"]), len(similarity["teacher_layers"]))
-        if tensors["cka"].shape != shape or tensors["relation_distance"].shape != shape:
+        rows, columns = similarity["student_layers"], similarity["teacher_layers"]
+        shape = (len(_texts(rows)), len(_texts(columns)))
+        if tensors["cka"].shape != shape or tensors["relation_distance"].shape != shape or not similarity["num_images"]:
             raise ValueError("the similarities do not fit the layers")
+
+
+def _check_model(side: str, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], num_images: int) -> None:
+    _texts([model["name"], model["kind"] or "", model["note"] or ""])
+    for index, _ in enumerate(_texts(model["layers"])):
+        if tensors[f"{side}.{index}"].ndim != 3 or len(tensors[f"{side}.{index}"]) != num_images:
+            raise ValueError(f"the {side}'s maps do not fit the images")
+    predictions = model["predictions"]
+    if predictions is not None and len(predictions) != num_images:
+        raise ValueError(f"the {side}'s predictions do not fit the images")
+    for likeliest in predictions or ():
+        if not likeliest or any(_number(share) is None for _, share in likeliest):
+            raise ValueError(f"the {side}'s predictions are no classes with their probabilities")
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} must be a list of names")
+    return values
 
 
 def _reason(error: BaseException) -> str:

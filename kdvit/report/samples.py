@@ -71,7 +71,7 @@ def _picture(pixels: np.ndarray) -> str:
 
 def _overlay(values: np.ndarray) -> str:
     """(h, w) -> a half transparent picture, from the map's lowest to its highest value, on the map's own grid."""
-    values = np.nan_to_num(values.astype(float))
+    values = np.nan_to_num(values.astype(float), posinf=0.0, neginf=0.0)
     span = values.max() - values.min()
     heat = (values - values.min()) / span if span > 0 else np.zeros_like(values)
     place = heat * (len(_HEAT) - 1)

@@ -12,15 +12,15 @@ def short(value: float) -> str:
     """A number in about three digits: 0.123, 12.3, 1,230, 45.6k, 2e-4.
 
     Example:
-        >>> [short(value) for value in (0, 0.12345, 84.3, 1234, 45678, 0.0002, -1.5, 2.5e6)]
-        ['0', '0.123', '84.3', '1,234', '45.7k', '2e-4', '−1.5', '2.5M']
+        >>> [short(value) for value in (0, 0.12345, 84.3, 1234, 45678, 0.000625, -1.5, 2.5e6)]
+        ['0', '0.123', '84.3', '1,234', '45.7k', '6.25e-4', '−1.5', '2.5M']
     """
     size, sign = abs(value), "−" if value < 0 else ""
     if size == 0:
         return "0"
     if size < 2e-3:  # so that the ticks of a learning rate are written alike
-        digits, exponent = f"{size:.1e}".split("e")
-        return f"{sign}{digits.removesuffix('.0')}e{int(exponent)}"
+        digits, exponent = f"{size:.2e}".split("e")
+        return f"{sign}{digits.rstrip('0').removesuffix('.')}e{int(exponent)}"
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
             return f"{sign}{size / (1e3 if letter == 'k' else unit):.3g}{letter}"
@@ -44,7 +44,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ class Checkpoints:
     @property
     def generations(self) -> list[Path]:
         """The folders of all generations, the newest first."""
-        return sorted(self.folder.glob("step_*"), reverse=True)
+        return sorted(self.folder.glob(f"step_{'[0-9]' * 8}"), reverse=True)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+        """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans, dtypes and None.
 
         Raises:
             RuntimeError: the disk is full or cannot be written; what was there is intact.
@@ -45,13 +46,17 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         structure = _pack(state, tensors, {})
         try:
+            for left in self.folder.glob(".*step_*"):
+                shutil.rmtree(left)  # by a process that was killed while it wrote, or removed
             with whole_folder(self.folder / f"step_{step:08d}") as folder:
                 save_file(tensors, folder / TENSORS)
                 (folder / STRUCTURE).write_text(json.dumps(structure))
                 sums = [f"{sha256(folder / name)}  {name}\n" for name in (TENSORS, STRUCTURE)]
                 (folder / SUMS).write_text("".join(sums))
-            for old in (*self.generations[self.keep :], *self.folder.glob(".step_*")):
-                remove_folder(old)  # the last are what a process left that was killed while it wrote
+            # A later step than this is of a generation that was damaged, so that the run went on from one before it.
+            later = [folder for folder in self.generations if _step(folder) > step]
+            for old in (*later, *self.generations[len(later) + self.keep :]):
+                remove_folder(old)
         except WRITE_ERRORS as error:
             raise RuntimeError(
                 f"state: '{self.folder}' could not be written at step {step} ({why(error)}); {self.kept()}: make room "
@@ -83,7 +88,11 @@ class Checkpoints:
 
 def _words(generation: Path) -> str:
     """``step_00000120`` -> "step 120"."""
-    return f"step {int(generation.name.removeprefix('step_'))}"
+    return f"step {_step(generation)}"
+
+
+def _step(generation: Path) -> int:
+    return int(generation.name.removeprefix("step_"))
 
 
 def _damage(generation: Path) -> str:
@@ -118,6 +127,8 @@ def _pack(value: Any, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:
             tensors[name] = _apart(value.detach().cpu(), shares=storage in known)
             known[key] = known[storage] = name
         return {"tensor": known[key]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {"dict": [[_pack(item, tensors, known) for item in pair] for pair in value.items()]}
     if isinstance(value, (tuple, list)):
@@ -142,7 +153,9 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     ((kind, held),) = value.items()
     if kind == "tensor":
-        return tensors[held]
+        return tensors[held].clone()  # which is a map of a file that will be removed
+    if kind == "dtype":
+        return getattr(torch, held)
     if kind == "dict":
         return {_unpack(key, tensors): _unpack(item, tensors) for key, item in held}
     items = [_unpack(item, tensors) for item in held]

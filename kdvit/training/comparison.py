@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kdvit.cache.teacher import StoredTeacher
 from kdvit.data import ImageData, TransformSettings
 from kdvit.distiller import Distiller
 from kdvit.files import write_whole
@@ -72,10 +73,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, and what its student is worth."""
+    """One training run, what its student is worth, and how many images it was trained on."""
 
     result: Result
     fidelity: Fidelity
+    trained_images: int
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,13 @@ class Comparison:
         """How the numbers are to be read."""
         num_images = self.distilled[0].fidelity.accuracy.num_images
         several = "Mean +- standard deviation (n - 1) over the seeds, differences seed by seed. "
+        alone, distilled = self.alone[0].trained_images, self.distilled[0].trained_images
+        fewer = f" But a loss holds images out: {alone:,} train the student alone, {distilled:,} the distilled one."
         return (
             f"{several if len(self.seeds) > 1 else ''}The same {num_images:,} test images for all, after the last "
-            "epoch. Equal for both: epochs or steps, data, transform, settings, first weights. Cross-entropy and KL "
-            "are in nats; agreement and KL are with the teacher; below the figures are the classes that the distilled "
-            "student is worst at, beside the teacher."
+            "epoch. Equal for both: epochs or steps, data, transform, settings, first weights."
+            f"{fewer if alone != distilled else ''} Cross-entropy and KL are in nats; agreement and KL are with the "
+            "teacher; below the figures are the classes that the distilled student is worst at, beside the teacher."
         )
 
 
@@ -176,17 +180,19 @@ def compare(
         quiet: show nothing.
 
     Raises:
-        ValueError: seeds are missing or doubled, the students of a seed differ, or the losses train no classifier.
+        ValueError: seeds are missing or doubled, the students of a seed differ, the losses train no classifier, or a
+            stored teacher was made with another seed.
     """
     seeds, folder = _checked(seeds), Path(folder)
     alone, distilled = [], []
     for seed in seeds:
-        # Both before either is trained: what does not fit fails now.
         pair = {name: make_distiller(seed, name == "distilled") for name in ("alone", "distilled")}
         _check_pair(seed, **pair)
-        trainers, results = {}, {}
-        for name, distiller in pair.items():
-            trainers[name] = trainer = Trainer(
+        if seed == seeds[0] and _stored(pair["distilled"]):
+            _check_stored(seeds, make_distiller)
+        # Both before either is trained: what does not fit fails now.
+        trainers = {
+            name: Trainer(
                 distiller,
                 data,
                 replace(settings, seed=seed),
@@ -196,19 +202,41 @@ def compare(
                 title=f"{name}, seed {seed}",
                 quiet=quiet,
             )
-            results[name] = trainer.fit()
+            for name, distiller in pair.items()
+        }
+        results = {name: trainer.fit() for name, trainer in trainers.items()}
         teacher = teacher_prediction(pair["distilled"].teacher, trainers["distilled"].test_loader, len(data.classes))
         for name, runs in (("alone", alone), ("distilled", distilled)):
-            runs.append(Run(results[name], _fidelity(trainers[name], teacher)))
+            trained = len(trainers[name].train_loader.dataset)
+            runs.append(Run(results[name], _fidelity(trainers[name], teacher), trained))
     comparison = Comparison(seeds, tuple(data.classes), tuple(alone), tuple(distilled))
-    if trainer.is_main:
+    accelerator = trainers["distilled"].accelerator
+    if accelerator.is_main_process:
         _write(comparison, folder)
-    trainer.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return comparison
+
+
+def _stored(distiller: Distiller) -> list[StoredTeacher]:
+    return [teacher for teacher in distiller.teachers if isinstance(teacher, StoredTeacher)]
+
+
+def _check_stored(seeds: Sequence[int], make_distiller: Callable[[int, bool], Distiller]) -> None:
+    """What is stored was seen with the augmentation of one seed: said before the first of several is trained."""
+    for seed in seeds:
+        for teacher in _stored(make_distiller(seed, True)):
+            made = teacher.manifest.fingerprint["job"]["seed"]
+            if made != seed:
+                raise ValueError(
+                    f"compare: a stored teacher must be made with the seed of its run, got '{teacher.folder}' of seed "
+                    f"{made} for seed {seed}; compare with that seed alone, or with a teacher that is not stored."
+                )
 
 
 def _checked(seeds: Sequence[int]) -> tuple[int, ...]:
     seeds = tuple(seeds)
+    if any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise ValueError(f"compare: seeds must be whole numbers >= 0, got {seeds}; give some, such as 0 1 2.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"compare: seeds must be one or more different whole numbers, got {seeds}; list each once.")
     return seeds
@@ -282,7 +310,7 @@ def _write(comparison: Comparison, folder: Path) -> None:
 
 def _plain(seed: int, run: Run, folder: Path) -> dict[str, Any]:
     result = {**asdict(run.result), "folder": run.result.folder.relative_to(folder).as_posix()}
-    return {"seed": seed, **result, "fidelity": asdict(run.fidelity)}
+    return {"seed": seed, **result, "trained_images": run.trained_images, "fidelity": asdict(run.fidelity)}
 
 
 def _page(comparison: Comparison, facts: dict[str, Any], last: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, teacher_top1: 
     evaluations = [record for record in metrics if record["kind"] == "evaluation"]
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     losses, accuracy, rate = figure.subplots(1, 3)
-    for name in steps[-1]["losses"] if steps else ():
-        losses.plot([r["step"] for r in steps], [r["losses"][name] for r in steps], label=name, linewidth=1.2)
+    for name in dict.fromkeys(name for r in steps for name in r["losses"]):  # a term may come and go
+        losses.plot(
+            [r["step"] for r in steps], [r["losses"].get(name, math.nan) for r in steps], label=name, linewidth=1.2
+        )
     losses.set(title="losses (unweighted)", xlabel="step", yscale="log")
     if steps:
         losses.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

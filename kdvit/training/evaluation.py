@@ -33,19 +33,22 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Iterable[dict], accele
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in loader:
         row = accuracy_rows(predict(batch["image"]).float(), batch["label"])
-        totals += accelerator.gather_for_metrics(row).sum(0).cpu()
+        totals += accelerator.gather_for_metrics(row).cpu().double().sum(0)
     return accuracy_of(totals)
 
 
 def accuracy_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, 4) float64, what each image adds to the totals: in the first place, in the first five, cross-entropy, one."""
+    """(B, 4) float32, what each image adds to the totals: in the first place, in the first five, cross-entropy, one.
+
+    Sum them on the CPU, in float64: not every device knows it.
+    """
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack(
         [
-            ranked[:, 0].double(),
-            ranked.any(1).double(),
-            F.cross_entropy(logits, labels, reduction="none").double(),
-            torch.ones_like(labels, dtype=torch.float64),
+            ranked[:, 0].float(),
+            ranked.any(1).float(),
+            F.cross_entropy(logits, labels, reduction="none"),
+            torch.ones_like(labels, dtype=torch.float32),
         ],
         dim=1,
     )

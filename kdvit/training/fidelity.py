@@ -144,7 +144,7 @@ class _Tally:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """One batch of all processes: (B, C) float32 and (B,)."""
-        rows = accuracy_rows(logits, labels).cpu()
+        rows = accuracy_rows(logits, labels).cpu().double()
         right, probability = rows[:, 0], logits.softmax(1).amax(1).cpu().double()
         self.totals += rows.sum(0)
         self.classes.index_add_(0, labels.cpu(), rows[:, [0, -1]])

@@ -71,8 +71,9 @@ def write_insight(
     """Write ``insight.safetensors`` and ``insight.json`` into ``folder``, whole or not at all; below 2 MiB.
 
     Called by the main process alone, at the end of a run. Of several teachers the first is looked at. What a model
-    does not give (a stored teacher, a plain module without stages) is left out, and the reason is kept. Both models
-    run in eval mode and without a graph, and are left as they were: modes, statistics, taps, generators.
+    does not give (a stored teacher, a plain module without stages), or fails at, is left out, and the reason is kept:
+    a finished run does not fail for want of its pictures. Both models run in eval mode and without a graph, and are
+    left as they were: modes, statistics, taps, generators.
 
     Args:
         distiller: of the run.
@@ -134,13 +135,24 @@ def _around(student: Student, model: nn.Module) -> Student:
 def _facts_of(
     wrapper: Student | Teacher, predict: Callable[[Tensor], Tensor], images: Tensor, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    facts = {"name": wrapper.name, "kind": None, "layers": [], "note": None, "maps": ()}
+    facts = {"name": wrapper.name, "kind": None, "layers": [], "note": None, "maps": (), "predictions": None}
+    try:
+        facts["predictions"] = _predictions(predict, images, class_names)
+    except Exception as error:  # of a model that nobody foresaw, or for want of memory
+        facts["note"] = f"no predictions: {_reason(error)}"
     try:
         found = attention_maps(wrapper, images)
         facts |= {"kind": found.kind, "layers": found.layers, "maps": found.maps}
-    except ValueError as error:  # a plain module; the report says why there are no maps
-        facts["note"] = str(error)
-    return {**facts, "predictions": _predictions(predict, images, class_names)}
+    except Exception as error:  # a plain module, or one that nobody foresaw; the report says why there are no maps
+        facts["note"] = _reason(error)
+    return facts
+
+
+def _reason(error: Exception) -> str:
+    """A refusal is a sentence; another error says its kind too, and may go on for pages."""
+    if isinstance(error, ValueError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _predictions(
@@ -153,6 +165,8 @@ def _predictions(
         return None
     if logits.shape[1] != len(class_names):
         return None
+    if not logits.isfinite().all():
+        raise ValueError("its logits are NaN or infinite")
     top = logits.float().softmax(1).topk(min(NUM_PREDICTIONS, len(class_names)))
     return [
         [(class_names[index], round(value, 4)) for index, value in zip(indices, values, strict=True)]
@@ -168,8 +182,8 @@ def _similarity(
     facts = {"num_images": len(images), "student_layers": [], "teacher_layers": [], "note": None}
     try:
         found = layer_similarity(student, teacher, images.split(_BATCH_SIZE))
-    except ValueError as error:  # a plain module; the report says why there is no comparison
-        return {**facts, "note": str(error)}, {}
+    except Exception as error:  # as for the maps
+        return {**facts, "note": _reason(error)}, {}
     facts |= {"student_layers": found.student_layers, "teacher_layers": found.teacher_layers}
     return facts, {"cka": found.cka.float(), "relation_distance": found.relation_distance.float()}
 

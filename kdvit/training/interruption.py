@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -29,6 +30,7 @@ class Interruption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
+        self.number = 0
         if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other
             self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
@@ -45,3 +47,22 @@ class Interruption:
             number, handler = self._before.popitem()
             # None: a handler that was not set from Python, which cannot be set again from here.
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def obey_parent_alone(worker: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: SIGTERM and SIGINT from others do not end a loader process.
+
+    Schedulers, service managers and terminals send them to all processes of a job. The trainer still needs images then:
+    to end its step and its accumulation, in step with the other processes.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(Interruption.SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -39,11 +39,22 @@ def make_optimizer(distiller: Distiller, settings: Training) -> torch.optim.Opti
         hint = nearest(base, list_optimizers()) or ";"
         raise ValueError(f"Training: unknown optimizer '{settings.optimizer}'{hint} see timm.optim.list_optimizers().")
     info = get_optimizer_info(base)
+    if info.second_order:
+        raise ValueError(
+            f"Training: optimizer must do with first derivatives, got '{settings.optimizer}', which needs second ones; "
+            "take another, such as adamw."
+        )
     # An optimizer with three betas keeps its own.
     options = {"betas": settings.betas} if info.has_betas and info.num_betas == len(settings.betas) else {}
-    return create_optimizer_v2(
-        distiller, opt=name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum, **options
-    )
+    try:
+        return create_optimizer_v2(
+            distiller, opt=name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum,
+            **options,
+        )  # fmt: skip
+    except (AssertionError, ImportError) as error:  # apex, bitsandbytes
+        raise ValueError(
+            f"Training: optimizer '{settings.optimizer}' cannot be made here ({error}); take another, such as adamw."
+        ) from error
 
 
 def transform_for(student: Student) -> TransformSettings:

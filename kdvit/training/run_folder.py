@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
@@ -35,9 +37,13 @@ class RunFolder:
         resume: go on with the run that is there.
         keep_states: generations of state.
 
+    It is held until `release`, or until the process ends, however it ends.
+
     Raises:
-        ValueError: the folder holds another run, or cannot be made or written.
+        ValueError: the folder holds another run, cannot be made or written, or another process trains in it.
     """
+
+    _lock: int | None = None
 
     def __init__(self, path: str | Path, *, resume: bool = False, keep_states: int = 2) -> None:
         self.path = Path(path)
@@ -55,8 +61,33 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
+            self.hold()
         except OSError as error:
             raise ValueError(f"run folder '{path}' cannot be written ({why(error)}); choose another.") from error
+
+    def hold(self) -> None:
+        """Keep other processes out; their states and metrics would get mixed up with ours."""
+        if self._lock is not None:
+            return
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Of this process: no loader process inherits it, and a second Trainer of the same notebook may have it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                raise ValueError(
+                    f"run folder '{self.path}' must be used by one process at a time, but another trains in it; wait "
+                    "for it, or choose another folder."
+                ) from error
+
+    def release(self) -> None:
+        """Let other processes use it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}  # it is sent to the other processes of a run, and the main one holds it
 
     @property
     def metrics_file(self) -> Path:

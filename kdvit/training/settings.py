@@ -28,6 +28,9 @@ class Training:
         mixup_alpha: Beta parameter of mixup, 0 for none.
         cutmix_alpha: Beta parameter of CutMix, 0 for none.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        compile: compile the step with torch.compile.
+        grad_checkpointing: keep the inputs of the student's blocks alone, and compute the rest again in the backward
+            pass: less memory, more time, the same gradients.
         ema_decay: decay of an average of the student's weights, which is then evaluated and saved; None for none.
         held_out_ratio: share of the training images, in (0, 1), that is set aside where a loss needs images which
             training does not see (a calibration, a bilevel step); the test images are never used for that.
@@ -59,6 +62,8 @@ class Training:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     mixed_precision: str = "no"
+    compile: bool = False
+    grad_checkpointing: bool = False
     ema_decay: float | None = None
     held_out_ratio: float = 0.1
     evaluate_epochs: int = 1
@@ -102,6 +107,11 @@ class Training:
             raise ValueError(
                 f"Training: mixed_precision must be 'no', 'bf16' or 'fp16', got '{self.mixed_precision}'; "
                 "'bf16' suits recent GPUs, 'no' suits a CPU."
+            )
+        if self.compile and self.gradient_share_steps is not None:
+            raise ValueError(
+                f"Training: gradient_share_steps must be None where the step is compiled, got "
+                f"{self.gradient_share_steps}; drop one of them."
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"Training: ema_decay must be in (0, 1), got {self.ema_decay}; try 0.999, or None.")

@@ -133,6 +133,14 @@ class LocalShards(nn.Module):
             found[name] = value
         return full_state(found)
 
+    def load_whole(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Take this process's shards of whole tensors by name, laid out as in ``model``, the sharded one."""
+        own = self.state_dict()
+        with torch.no_grad():
+            for number, (name, like) in enumerate(model.state_dict().items()):
+                value = _as(state[name], like)
+                own[str(number)].copy_(value.to_local() if _is_shard(value) else value)
+
 
 def _is_shard(value: Any) -> bool:
     if not distributed.is_available():

@@ -80,5 +80,5 @@ def run_stages(
             quiet=quiet,
         )
         results.append(trainer.fit())
-        trainer.adopt_average()
+        trainer.weights.adopt_average()
     return results

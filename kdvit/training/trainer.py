@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
@@ -20,23 +21,26 @@ from kdvit.cost import device_name
 from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
 from kdvit.data.randomness import legacy_generator
 from kdvit.distiller import Distiller, DistillerOutput
-from kdvit.schedules import Schedule
 from kdvit.signals import Progress
 from kdvit.taps.family import logits_of
 from kdvit.training.accumulation import window_scale
+from kdvit.training.checkpointing import enable_checkpointing
 from kdvit.training.curves import draw_curves
 from kdvit.training.display import Display
 from kdvit.training.evaluation import Accuracy, evaluate
 from kdvit.training.fidelity import teacher_prediction
 from kdvit.training.gradient_share import gradient_share
 from kdvit.training.held_out import HeldOut
+from kdvit.training.identity import check_same, identity_of, summary_of
 from kdvit.training.insight import sample_batch, write_insight
-from kdvit.training.interruption import Interrupted, Interruption
+from kdvit.training.interruption import Interrupted, Interruption, obey_parent_alone
+from kdvit.training.launch import autocast_alone, check_launch
 from kdvit.training.preparation import make_accelerator, make_optimizer, stronger, transform_for
 from kdvit.training.run_folder import RunFolder
 from kdvit.training.settings import Training
 from kdvit.training.trackers import finish_trackers, start_trackers, track
 from kdvit.training.watch import Watch, check_weights
+from kdvit.training.weights import weights_of
 from kdvit.training.window import Window
 from kdvit.wrappers import Teacher
 
@@ -97,6 +101,8 @@ class Trainer:
         self._check_classes(distiller)
         data.check(num_images=64)
         self.accelerator = make_accelerator(settings, folder)
+        check_launch(self.accelerator, distiller)
+        autocast_alone(self.accelerator)
         self.is_main = self.accelerator.is_main_process
         self.shows = self.is_main and not quiet
         self.transform = transform or transform_for(distiller.student)
@@ -157,11 +163,18 @@ class Trainer:
             augmentation_epochs=self.plain.augmentation_epochs,
         )
         test = load(self.data.test, train=False, num_workers=settings.num_workers)
+        if settings.grad_checkpointing:
+            enable_checkpointing(self.plain.student.model, self.plain.student.name)
+        if settings.compile:
+            self.plain.compile()
+        self.weights = weights_of(self.plain, settings, self.accelerator)
         optimizer = make_optimizer(self.plain, settings)
+        train.worker_init_fn = test.worker_init_fn = obey_parent_alone
         self.order = train.batch_sampler
         self.distiller, self.optimizer, self.train_loader, self.test_loader = self.accelerator.prepare(
             self.plain, optimizer, train, test
         )
+        self.weights.start()
         self.batches_per_epoch = len(self.train_loader)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / settings.accumulation_steps)
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
@@ -178,10 +191,22 @@ class Trainer:
             t_in_epochs=False,
             cycle_decay=0.1,  # there is one cycle; but timm warns of 1.0 where the schedule is one step long
         )
+        self.identity = identity_of(
+            self.plain,
+            self.data,
+            train_split,
+            settings,
+            transform=self.transform,
+            second_transform=self.second_transform,
+            num_processes=num_processes,
+        )
         self.mixer = self._mixer()
-        self.ema = self._ema()
         #: Steps and epochs that are done, and batches of the epoch that is not.
         self.step = self.epoch = self.batch = 0
+        #: Whether the last epoch's steps are done, but not its evaluation.
+        self.in_evaluation = False
+        #: (step, in_evaluation) of the newest state.
+        self.saved: tuple[int, bool] | None = None
         self.seconds, self.started = 0.0, time.perf_counter()
         self.window, self.watch, self.interruption = Window(), Watch(), Interruption()
         self.teachers: list[Accuracy | None] | None = None
@@ -208,27 +233,28 @@ class Trainer:
             seed=settings.seed,
         )
 
-    def _ema(self) -> nn.Module | None:
-        if self.settings.ema_decay is None:
-            return None
-        from timm.utils import ModelEmaV3
-
-        return ModelEmaV3(self.plain.deployable, decay=self.settings.ema_decay, use_warmup=True)
+    @property
+    def ema(self) -> nn.Module | None:
+        """The average of the student's weights, where there is one."""
+        return self.weights.ema
 
     @property
     def student(self) -> nn.Module:
         """The model that is evaluated and saved: the average of its weights where there is one."""
-        return self.ema.module if self.ema is not None else self.plain.deployable
-
-    def adopt_average(self) -> None:
-        """Give the student itself the average of its weights, where there is one: what comes next starts from it."""
-        if self.ema is not None:
-            self.plain.deployable.load_state_dict(self.ema.module.state_dict())
+        return self.weights.student()
 
     # The run
 
     def fit(self) -> Result:
         """Train to the end and return what came out."""
+        if self.is_main:
+            self.folder.hold()
+        try:
+            return self._fit()
+        finally:
+            self.folder.release()
+
+    def _fit(self) -> Result:
         self.started = time.perf_counter() - self.seconds
         if self.teachers is None:
             self._begin()
@@ -257,11 +283,14 @@ class Trainer:
         self._save_state()  # a folder that cannot be written, or a full disk, shows before the first step
 
     def _train(self, display: Display) -> None:
-        while self.step < self.total_steps:
-            self._train_epoch(display)
-            self.epoch, self.batch = self.epoch + 1, 0
+        while self.in_evaluation or self.step < self.total_steps:
+            if not self.in_evaluation:
+                self._train_epoch(display)
+                self.epoch, self.batch = self.epoch + 1, 0
             if self.epoch % self.settings.evaluate_epochs == 0 or self.step == self.total_steps:
+                self.in_evaluation = True
                 self.accuracy = self._evaluate_student(display)
+            self.in_evaluation = False
             self._save_state()
             self.seconds = round(time.perf_counter() - self.started, 1)
             if self.is_main:
@@ -274,11 +303,10 @@ class Trainer:
         self.order.set_epoch(self.epoch, self.batch * self.accelerator.num_processes)
         self.train_loader.set_epoch(self.epoch)
         self.held_out.start_epoch(self.epoch, self.batches_per_epoch)
+        self.window.start_clock()
         for index, batch in enumerate(self._loaded(), start=self.batch):
             progress = self._progress(index)
-            # What models and losses draw (dropout, masks) is a function of the seed and the place in the run.
-            draw = legacy_generator(self.settings.seed, self.epoch, index, self.accelerator.process_index)
-            torch.manual_seed(int(draw.randint(2**31)))
+            self._seed(index)
             with self.accelerator.accumulate(self.distiller):
                 self.scheduler.step_update(self.step)
                 images, labels = self._mixed(batch)
@@ -287,7 +315,8 @@ class Trainer:
                     context["second_images"], _ = self._mixed(batch, "second_image")
                 if self.accelerator.sync_gradients:  # once a step, also where a step is several batches
                     self.held_out.step(images, labels, self.optimizer.param_groups[0]["lr"], **context)
-                output = self.distiller(images, labels, **context, stored=batch.get("rows"))
+                with self.accelerator.autocast():
+                    output = self.distiller(images, labels, **context, stored=batch.get("rows"))
                 self._watch(output, batch["sample_id"])
                 self._measure_shares(output)
                 scale = window_scale(index, self.batches_per_epoch, self.settings.accumulation_steps)
@@ -301,8 +330,7 @@ class Trainer:
                 continue
             self.step += 1
             self.batch = index + 1
-            if self.ema is not None:
-                self.ema.update(self.plain.deployable, step=self.step)
+            self.weights.update(self.step)
             logs = self.step % self.settings.log_steps == 0 or self.step == self.total_steps
             display.step(self._log(progress) if logs else None)
             if self.step == self.total_steps:
@@ -314,6 +342,12 @@ class Trainer:
         self.window = Window()
         self.held_out.end_epoch()
         self._check_finite()  # before the student is saved
+
+    def _seed(self, index: int) -> None:
+        """What models and losses draw (dropout, masks) is a function of the seed and the place in the run."""
+        draw = legacy_generator(self.settings.seed, self.epoch, index, self.accelerator.process_index)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(int(draw.randint(2**31)))
 
     def _loaded(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the epoch; what goes wrong with an image is one sentence."""
@@ -341,10 +375,10 @@ class Trainer:
             # Asking the others costs a round through the network, so not at every step.
             if self.step % self.settings.log_steps and self.batch:
                 return
-            number = int(self.accelerator.reduce(torch.tensor(float(number), device=self.accelerator.device), "sum"))
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
         if not number:
             return
-        if self.batch:  # not where the epoch's end has saved it
+        if self.saved != (self.step, self.in_evaluation):
             self._save_state()
         raise Interrupted(
             self.interruption.number or number,
@@ -410,14 +444,21 @@ class Trainer:
         was_training = model.training
         model.eval()
         with self.accelerator.autocast():
-            accuracy = evaluate(predict, self.test_loader, self.accelerator)
+            accuracy = evaluate(predict, self._until_asked(), self.accelerator)
         model.train(was_training)
         return accuracy
 
+    def _until_asked(self) -> Iterator[dict[str, Tensor]]:
+        """The test batches; a stop need not wait for the last, which may take longer than a scheduler does."""
+        for batch in self.test_loader:
+            yield batch
+            if self.in_evaluation:
+                self._stop_where_asked()
+
     def _evaluate_student(self, display: Display) -> Accuracy | None:
         accuracy = None
+        model, name = self.student, self.plain.student.name
         if self.plain.trains_classifier:
-            model, name = self.student, self.plain.student.name
             if self.accelerator.num_processes > 1:  # statistics of BatchNorm differ: the main process's are saved
                 for buffer in model.buffers():
                     broadcast(buffer)
@@ -429,8 +470,8 @@ class Trainer:
             track(self.accelerator, {"test": {"top1": accuracy.top1, "top5": accuracy.top5}}, self.step)
         if accuracy is not None and (self.best is None or accuracy.top1 > self.best[0]):
             self.best = (accuracy.top1, self.epoch)
-            self._save_student("best")
-        self._save_student("student")
+            self._save_student(model, "best")
+        self._save_student(model, "student")
         return accuracy
 
     def _evaluate_teacher(self, teacher: Teacher | StoredTeacher) -> Accuracy | None:
@@ -441,10 +482,10 @@ class Trainer:
 
     # Files
 
-    def _save_student(self, which: str) -> None:
+    def _save_student(self, model: nn.Module, which: str) -> None:
         if self.is_main:
             self.folder.save_student(
-                self.student,
+                model,
                 which,
                 normalisation=(self.transform.mean, self.transform.std),
                 class_names=self.data.classes,
@@ -453,22 +494,23 @@ class Trainer:
 
     def _save_state(self) -> None:
         self._check_finite()
+        self.saved = (self.step, self.in_evaluation)
+        weights = self.weights.state_dict(self.optimizer)
         if not self.is_main:
             return
         scaler = self.accelerator.scaler
         self.folder.save_state(
             self.step,
             {
-                "run": self._identity(),
-                "distiller": self.plain.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "run": self.identity,
+                **weights,
                 "held_out": self.held_out.state_dict(),
-                "ema": self.ema.state_dict() if self.ema is not None else None,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "window": self.window.state_dict(),
                 "step": self.step,
                 "epoch": self.epoch,
                 "batch": self.batch,
+                "in_evaluation": self.in_evaluation,
                 "teachers": [asdict(accuracy) if accuracy else None for accuracy in self.teachers],
                 "accuracy": asdict(self.accuracy) if self.accuracy is not None else None,
                 "best": self.best,
@@ -478,59 +520,37 @@ class Trainer:
     def _load_state(self) -> str:
         """Take the earlier run's state; returns what the user should know of it."""
         state, note = self.folder.load_state()
-        for name, value in self._identity().items():
-            if state["run"].get(name) != value:
-                raise ValueError(
-                    f"Trainer: {name} must be {state['run'].get(name)!r} as in the run in '{self.folder.path}', got "
-                    f"{value!r}; resume it as it was started, or start another run in another folder."
-                )
+        check_same(state["run"], self.identity, self.folder.path)
         try:
-            self.plain.load_state_dict(state["distiller"])
+            self.weights.load_state_dict(state, self.optimizer)
         except RuntimeError as error:
             raise ValueError(
                 f"Trainer: the student must be the one of the run in '{self.folder.path}', got one with other weights; "
                 "resume it as it was started, or start another run in another folder."
             ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
         self.held_out.load_state_dict(state["held_out"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"], self.accelerator.device)
-        for name in ("step", "epoch", "batch", "best"):
+        for name in ("step", "epoch", "batch", "in_evaluation", "best"):
             setattr(self, name, state[name])
+        self.saved = (self.step, self.in_evaluation)
         self.teachers = [Accuracy(**accuracy) if accuracy else None for accuracy in state["teachers"]]
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
         if self.is_main:
             self.seconds = self.folder.rewind(state["metrics_bytes"], self.step)
         return note
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run."""
-        free = ("evaluate_epochs", "log_steps", "save_steps", "keep_states", "gradient_share_steps",
-                "num_workers", "trackers")  # fmt: skip
-        return {
-            **{name: value for name, value in vars(self.settings).items() if name not in free},
-            "num_processes": self.accelerator.num_processes,
-            "data": f"{self.data.name}, {len(self.data.train)} images",
-            "trained_images": len(self.train_loader.dataset),
-            "second_transform": repr(self.second_transform),
-            "student": self.plain.student.name,
-            "teacher": " + ".join(map(_identity_of, self.plain.teachers)) or None,
-            "losses": {name: repr(loss) for name, loss in self.plain.losses.items()},
-            "weights": {
-                name: repr(w) if isinstance(w, Schedule) else "function" if callable(w) else w
-                for name, w in self.plain.weights.items()
-            },
-        }
-
     def _write_summary(self, result: Result | None) -> None:
         self.folder.write_summary(
             result=result,
             settings=self.settings,
             transform=self.transform,
-            **{name: value for name, value in self._identity().items() if name not in vars(self.settings)},
+            second_transform=repr(self.second_transform),
+            data=f"{self.data.name}, {len(self.data.train)} images",
+            trained_images=len(self.train_loader.dataset),
+            num_processes=self.accelerator.num_processes,
+            **summary_of(self.plain),
             device=device_name(self.accelerator.device),
         )
 
@@ -549,22 +569,22 @@ class Trainer:
         if self.is_main:
             self._write_summary(result)
             draw_curves(self.folder.metrics(), self.folder.path / "curves.png", result.teacher_top1)
-            images, labels = sample_batch(self.data.test, self.transform)
-            with self.folder.written(self.folder.path / "insight"):
-                write_insight(
-                    self.plain,
-                    images,
-                    labels,
-                    self.data.classes,
-                    self.folder.path / "insight",
-                    mean=self.transform.mean,
-                    std=self.transform.std,
-                    model=self.student,
-                )
+            if self.weights.are_whole:
+                self._write_insight()
         finish_trackers(self.accelerator)
         self.accelerator.wait_for_everyone()
         return result
 
-
-def _identity_of(teacher: Teacher | StoredTeacher) -> str:
-    return f"{teacher.name}, stored: {teacher.describe()}" if isinstance(teacher, StoredTeacher) else teacher.name
+    def _write_insight(self) -> None:
+        images, labels = sample_batch(self.data.test, self.transform)
+        with self.folder.written(self.folder.path / "insight"):
+            write_insight(
+                self.plain,
+                images,
+                labels,
+                self.data.classes,
+                self.folder.path / "insight",
+                mean=self.transform.mean,
+                std=self.transform.std,
+                model=self.student,
+            )

@@ -18,8 +18,12 @@ class Window:
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
         self.total: Tensor | float = 0.0
-        self.count = self.images = 0
-        self.started = time.perf_counter()
+        self.count = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Measure the speed from here on: without an evaluation, and without steps before a stop."""
+        self.images, self.started = 0, time.perf_counter()
 
     def add(self, output: DistillerOutput, num_images: int) -> None:
         for name, value in output.losses.items():
@@ -30,12 +34,12 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the clock, so that the next line of metrics of a resumed run is that of the run."""
-        return {name: getattr(self, name) for name in ("losses", "total", "count", "images")}
+        return {name: getattr(self, name) for name in ("losses", "total", "count")}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         self.losses = {name: value.to(device) for name, value in state["losses"].items()}
         self.total = state["total"].to(device) if isinstance(state["total"], Tensor) else state["total"]
-        self.count, self.images = state["count"], state["images"]
+        self.count = state["count"]
 
     def close(self) -> tuple[dict[str, float], float, float]:
         """(mean losses, mean total, images a second), and start anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,16 @@ def data() -> ImageData:
     return open_data("fashion-mnist-sample").subset(36, 12)  # the last batch is half
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """built(of what) -> a folder for what any test may ask for; it is made once, and tests get copies."""
+    parent = tmp_path_factory.mktemp("built")
+    names: dict[str, str] = {}
+    return lambda key: parent / names.setdefault(key, str(len(names)))
+
+
 @pytest.fixture
-def store(data: ImageData, tmp_path: Path) -> Callable[..., StoredTeacher]:
+def store(data: ImageData, tmp_path: Path, built: Callable[[str], Path]) -> Callable[..., StoredTeacher]:
     """store(losses, form=..., epochs=...) -> what the teacher says, stored in a new folder."""
     count = 0
 
@@ -48,11 +57,20 @@ def store(data: ImageData, tmp_path: Path) -> Callable[..., StoredTeacher]:
         augmentation_epochs: int | None = None, images: ImageData = data, **changed: Any,
     ) -> StoredTeacher:  # fmt: skip
         nonlocal count
+
+        def build_in(place: Path) -> Path:
+            return build(
+                place, distiller(live or teacher(), losses), images, settings(**changed), form=form,
+                augmentation_epochs=augmentation_epochs, shard_mib=SHARD_MIB, quiet=True,
+            )[0]  # fmt: skip
+
         count += 1
-        made = build(
-            folder or tmp_path / f"cache{count}", distiller(live or teacher(), losses), images, settings(**changed),
-            form=form, augmentation_epochs=augmentation_epochs, shard_mib=SHARD_MIB, quiet=True,
-        )  # fmt: skip
-        return StoredTeacher(made[0])
+        new = tmp_path / f"cache{count}"
+        if folder is not None or live is not None or images is not data:
+            return StoredTeacher(build_in(folder or new))
+        common = built(repr((losses, form, augmentation_epochs, sorted(changed.items()))))
+        if not common.exists():
+            build_in(common)
+        return StoredTeacher(shutil.copytree(common, new))
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from kdvit.cache import StoredTeacher, build, builder
 from kdvit.cache.manifest import Manifest
-from kdvit.data import EpochBatchSampler, ReplayableDataset, make_loader
+from kdvit.data import EpochBatchSampler, ReplayableDataset, loading, make_loader
 from kdvit.training import transform_for
 from tests.cache.conftest import SHARD_MIB, distiller, settings, teacher
 from tests.processes import REPOSITORY
@@ -36,7 +37,7 @@ def test_rows_lie_in_the_order_of_training(store, data):
     manifest = Manifest.read(folder)
     names = sorted(path for path in files(folder) if "shard" in path)
     assert names == [shard.name for shard in manifest.shards] and len(names) == 6
-    assert not list(folder.rglob(".*")) and not list(folder.glob("*.jsonl"))
+    assert [path.name for path in folder.rglob(".*")] == [".lock"] and not list(folder.glob("*.jsonl"))
     sampler = EpochBatchSampler(len(data.train), 8, seed=0)
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -97,6 +98,14 @@ def test_more_epochs_are_added_to_those_that_are_there(store):
     assert store(["fitnet"], folder=folder, epochs=1).manifest.num_epochs == 3
 
 
+@pytest.mark.parametrize("left", [".manifest.json.tmp", ".constants.safetensors.tmp", "constants.safetensors", ".lock"])
+def test_a_building_that_is_killed_before_it_has_a_manifest_goes_on(left, store, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / left).write_text("{")
+    folder = store(["fitnet"], form="project8", folder=tmp_path / "a").folder
+    StoredTeacher(folder, verify=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped_after", [0, 1, 4])
 def test_a_killed_building_goes_on(stopped_after, store, tmp_path):
@@ -126,6 +135,56 @@ def test_a_killed_building_goes_on(stopped_after, store, tmp_path):
     assert files(folder) == expected
     noted = {name: time for name, time in when.items() if times(folder)[name] == time}
     assert len(noted) >= len(when) - 1  # one may have been written and not yet noted
+
+
+def test_two_commands_do_not_build_one_folder(store):
+    folder = store(["kd"]).folder
+    before = files(folder)
+    hold = f"from kdvit.files import *; held = lock(Path({str(folder / '.lock')!r})); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"\n"
+        with pytest.raises(
+            ValueError, match=r"must be built by one command at a time, and another one is at work; wait"
+        ):
+            store(["kd"], folder=folder, epochs=3)
+        assert files(folder) == before
+    finally:
+        other.communicate(b"\n")
+    assert store(["kd"], folder=folder, epochs=3).manifest.num_epochs == 3
+
+
+def test_shards_that_no_process_noted_are_missed(store, tmp_path, monkeypatch):
+    """As where the machines of a job see different folders."""
+    keep = builder.Builder._keep
+    monkeypatch.setattr(builder.Builder, "_keep", lambda self, unit, rows: unit[0] and keep(self, unit, rows))
+    with pytest.raises(
+        RuntimeError, match=r"a' must be seen by all processes, and 3 of 6 shards are nowhere; choose a folder that all"
+    ):
+        store(["fitnet"], folder=tmp_path / "a")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="must be a whole cache, and its building was stopped"):
+        StoredTeacher(tmp_path / "a")
+    assert store(["fitnet"], folder=tmp_path / "a").manifest.complete
+
+
+def test_shards_of_small_rows_have_an_end(data, tmp_path, monkeypatch):
+    """Or an epoch of top-10 logits would be one file: of one process, and lost when it is killed."""
+    monkeypatch.setattr(builder, "MAX_ROWS", 16)
+    (folder,) = build(tmp_path / "a", distiller(teacher()), data, settings(epochs=1), quiet=True)
+    assert [shard.num_rows for shard in Manifest.read(folder).shards] == [16, 16, 4]
+
+
+def test_an_order_is_drawn_once_for_all_shards_of_an_epoch(monkeypatch):
+    """Of a million images that takes as long as the teacher takes for a batch, and there may be a thousand shards."""
+    drawn, draw = [], loading.legacy_generator
+    monkeypatch.setattr(loading, "legacy_generator", lambda *values: drawn.append(values) or draw(*values))
+    sampler = EpochBatchSampler(36, 8)
+    batches = list(builder._Batches(sampler, [(0, 0), (0, 1), (0, 2), (1, 0)], 2))
+    assert drawn == [(0, 0), (0, 1)] and len(batches) == 7
+    assert sorted(index for batch in batches[:5] for _, index in batch) == list(range(36))
 
 
 def test_a_torn_note_is_not_believed(store):
@@ -186,6 +245,7 @@ def test_constants_are_repaired_too(store):
         ({"form": "fp32"}, "feature_map@1 is 'fp16' there and 'fp32' here"),
         ({"live": teacher(9)}, r"teacher_weights is [0-9a-f]{12}... there and [0-9a-f]{12}... here"),
         ({"mixup_alpha": 0.8}, "mixup_alpha is 0.0 there and 0.8 here, batch_size is None there and 8 here"),
+        ({"mixed_precision": "bf16"}, "mixed_precision is 'no' there and 'bf16' here"),
     ],
 )
 def test_another_job_does_not_go_on_with_it(changed, message, store):
@@ -229,8 +289,12 @@ def test_what_cannot_be_built(changed, message, store, tmp_path):
 
 
 def test_other_settings_that_cannot_be(data, tmp_path, store):
-    with pytest.raises(ValueError, match=r"cache: shard_mib must be > 0, got 0; the default is 256"):
-        build(tmp_path / "a", distiller(teacher()), data, settings(), shard_mib=0, quiet=True)
+    for shard_mib in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=rf"shard_mib must be > 0 and finite, got {shard_mib}; the default is 256"):
+            build(tmp_path / "a", distiller(teacher()), data, settings(), shard_mib=shard_mib, quiet=True)
+    with pytest.raises(ValueError, match=r"batch_size must be <= 36 \(the number of samples\) with drop_last, got 37"):
+        store(batch_size=37, mixup_alpha=0.8, folder=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("dear")
     with pytest.raises(ValueError, match=r"b' must be empty or a cache, and holds other files; choose another"):
@@ -249,6 +313,15 @@ def test_it_is_refused_where_the_disk_is_too_small(store, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=message):
         store(["fitnet"], folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_all_teachers_must_fit_onto_the_disk(store, tmp_path, monkeypatch):
+    """Each of two does: 2 epochs of 36 rows of 28 bytes."""
+    monkeypatch.setattr(builder.shutil, "disk_usage", lambda path: builder.shutil._ntuple_diskusage(10**6, 10**6, 3000))
+    with pytest.raises(ValueError, match=r"cache '.*a': 3\.76e-06 GiB must fit onto the disk, which has 2\.79e-06 GiB"):
+        store(["kd"], live=[teacher(), teacher(8)], folder=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    store(["kd"], folder=tmp_path / "a")
 
 
 def test_the_estimate_is_what_is_written(store, data, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def test_flipped_bytes_are_found_by_verify(store):
     StoredTeacher(folder)
     with pytest.raises(ValueError, match=rf"^StoredTeacher: '.*{SHARD}' was altered or cut short \(its checksum diff"):
         StoredTeacher(folder, verify=True)
+
+
+def test_a_damaged_classifier_is_found_at_the_start(store):
+    """It is small, and a student may be deployed with it."""
+    folder = store(["promptkd"]).folder
+    for kind, what in (("altered", r"was altered or cut short \(its checksum differs\)"), ("missing", "is missing")):
+        damage(folder / "constants.safetensors", kind)
+        with pytest.raises(
+            ValueError, match=rf"^StoredTeacher: '.*constants.safetensors' {what}; run its `kdvit cache "
+        ):
+            StoredTeacher(folder)
 
 
 def test_faults_names_every_file(store):
@@ -79,6 +91,22 @@ def test_a_manifest_that_was_edited_is_not_believed(store):
     path.write_text(path.read_text().replace('"num_epochs": 2', '"num_epochs": 3'))
     with pytest.raises(ValueError, match="manifest.json was altered or cut short"):
         StoredTeacher(path.parent)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(store, tmp_path):
+    """Nobody should remove a cache because of a wrong path or a missing permission."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "manifest.json").mkdir(parents=True)
+    for name, reason in (("file", "Not a directory"), ("folder", "Is a directory")):
+        with pytest.raises(
+            ValueError, match=rf"^cache '.*{name}': manifest.json cannot be read \({reason}\); check the path\.$"
+        ):
+            StoredTeacher(tmp_path / name)
+    folder = store(["kd"]).folder
+    shutil.rmtree(folder / "epoch-00001")
+    (folder / "epoch-00001").write_text("")
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors' cannot be read \(Not a directory\); run its"):
+        StoredTeacher(folder)
 
 
 def test_no_cache_at_all(tmp_path):
@@ -151,6 +179,20 @@ def test_other_pixels_of_the_same_labels_are_refused(store, data, train):
         ValueError, match=r"but data\.pixels is [0-9a-f]{12}\.\.\. there and [0-9a-f]{12}\.\.\. here; train"
     ):
         train(subject, data=dataclasses.replace(data, train=darker))
+
+
+def test_another_augmentation_by_the_same_settings_is_refused(store, train, monkeypatch):
+    """As of another release of torchvision, which draws its crops in another way."""
+    from torchvision import transforms
+
+    stored = store(["kd"])
+    train(distiller(stored, ["kd"]))
+    draw = transforms.RandomCrop.get_params
+    monkeypatch.setattr(transforms.RandomCrop, "get_params", staticmethod(lambda *size: draw(*size) and draw(*size)))
+    with pytest.raises(
+        ValueError, match=r"but augmentation is [0-9a-f]{12}\.\.\. there and [0-9a-f]{12}\.\.\. here; train as it was"
+    ):
+        train(distiller(stored, ["kd"]))
 
 
 def test_more_epochs_than_stored_are_refused(store, train):

@@ -193,6 +193,10 @@ def test_one_form_for_all_that_it_suits(texts, forms):
         ("query=fp16", "form must name a signal that the losses read, got 'query'; they read logits, tokens, feature"),
         ("top9", "k must be in 1..6"),
         ("tokens=top3", "does not suit tokens"),
+        (
+            "logits=",
+            "form must be one of fp16, fp32, int8, top<k> (such as top10) and project<k> (such as project64), got",
+        ),
     ],
 )
 def test_choices_that_cannot_be_made(texts, message):

@@ -7,18 +7,19 @@ import pickle
 import re
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from kdvit import Distiller, Progress, Student, Teacher
-from kdvit.cache import StoredTeacher
+from kdvit.cache import StoredTeacher, build
 from kdvit.data import make_loader
 from kdvit.losses import Loss, make
 from kdvit.taps.reader import Request
 from kdvit.training import transform_for
-from tests.cache.conftest import distiller, teacher
-from tests.training.conftest import vit
+from tests.cache.conftest import distiller, settings, teacher
+from tests.training.conftest import MEAN, STD, vit
 
 LOSSES = {
     "kd": lambda: ["kd"],
@@ -332,8 +333,6 @@ class ClassAndDistillation(Loss):
 
 def test_logits_of_one_head_are_not_those_of_both(store):
     """Beside the distillation head's, ``logits`` are the class head's alone."""
-    import timm
-
     sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2}
     live = Teacher(timm.create_model("deit_tiny_distilled_patch16_224", num_heads=2, **sizes), name="wide")
     stored = store([ClassAndDistillation()], live=live)
@@ -373,3 +372,23 @@ def test_images_of_another_kind_are_refused(store):
         Distiller(stored, Student(vit(), mean=(0.5,), std=(0.5,)), ["kd"])
     assert "must be used with the images that it was made from" in str(caught.value)
     assert "normalisation_scale is [0.70" in str(caught.value) and "there and None here" in str(caught.value)
+
+
+def test_students_of_any_size_and_of_one_size_share_a_cache(data, tmp_path):
+    """A CNN takes any size and a ViT its own: of one input size, their teacher was shown the same."""
+
+    def cnn():
+        model = timm.create_model("resnet18", in_chans=1, num_classes=10, channels=(8, 8, 8, 8))
+        return Student(model, input_size=(1, 28, 28), mean=MEAN, std=STD)
+
+    for number, (first, second) in enumerate(((vit, cnn), (cnn, vit))):
+        made = {vit: lambda taught_by: distiller(taught_by), cnn: lambda taught_by: Distiller(taught_by, cnn(), ["kd"])}
+        (folder,) = build(tmp_path / str(number), made[first](teacher()), data, settings(epochs=1), quiet=True)
+        subject = made[second](StoredTeacher(folder))
+        rows = first_batch(subject, data)
+        assert losses_of(subject, rows)["kd"] > 0
+    smaller = Student(vit(img_size=14), mean=MEAN, std=STD)
+    with pytest.raises(
+        ValueError, match=r"image_size is \[28, 28\] there and \[14, 14\] here; give the student the same"
+    ):
+        Distiller(StoredTeacher(folder), smaller, ["kd"])

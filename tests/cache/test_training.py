@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kdvit import Distiller, Trainer
 from kdvit.cache import StoredTeacher
 from kdvit.data import FASHION_MNIST_TRANSFORM, EpochBatchSampler, make_loader, open_data
 from kdvit.losses import make
+from kdvit.training import compare
 from tests.cache.conftest import distiller, settings, teacher
 from tests.processes import run_two
 from tests.training.conftest import same_weights
@@ -123,6 +125,15 @@ def test_a_run_is_not_resumed_with_another_kind_of_teacher(store, fit, data, tmp
         Trainer(distiller(teacher(), ["kd"]), data, settings(epochs=1), tmp_path / "run", resume=True, quiet=True)
 
 
+def test_a_run_is_not_resumed_with_other_epochs_to_replay(store, fit, data, tmp_path):
+    """The same folder may be built again with another number of them."""
+    folder = store(["kd"], augmentation_epochs=1, folder=tmp_path / "cache").folder
+    fit(distiller(StoredTeacher(folder), ["kd"]), folder=tmp_path / "run", epochs=1)
+    again = store(["kd"], augmentation_epochs=2, folder=folder)
+    with pytest.raises(ValueError, match=r"1 epochs to replay' as in the run in .* 2 epochs to replay'"):
+        Trainer(distiller(again, ["kd"]), data, settings(epochs=1), tmp_path / "run", resume=True, quiet=True)
+
+
 def test_own_loaders_give_rows_beside_images(data):
     """Generic: kdvit.data knows nothing of what a row is."""
     asked = []
@@ -145,8 +156,26 @@ def test_two_processes_build_and_train_what_one_does(store, tmp_path: Path):
     assert names == sorted(str(path.relative_to(two)) for path in two.rglob("*") if path.is_file()) and len(names) > 3
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert first["built"] + second["built"] == len(names) - 1 and min(first["built"], second["built"]) > 0
+    assert (
+        first["built"] + second["built"] == sum("shard" in name for name in names)
+        and min(first["built"], second["built"]) > 0
+    )
     StoredTeacher(two, verify=True)
     for each in (first, second):  # statistics of the projector's BatchNorm are each process's own
         assert each["live"] and all(torch.equal(value, each["stored"][name]) for name, value in each["live"].items())
     assert first["steps"] == 2 * 2
+
+
+def test_a_comparison_over_seeds_that_were_not_stored_is_refused_before_it_trains(data, store, tmp_path):
+    stored = store()
+
+    def make_distiller(seed: int, distilled: bool) -> Distiller:
+        return distiller(StoredTeacher(stored.folder)) if distilled else distiller(None, [])
+
+    sentence = (
+        f"compare: a stored teacher must be made with the seed of its run, got '{stored.folder}' of seed 0 for seed 1; "
+        "compare with that seed alone, or with a teacher that is not stored."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        compare(make_distiller, data, settings(), [0, 1], tmp_path / "runs", quiet=True)
+    assert not (tmp_path / "runs").exists()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ def state(step: int = 0) -> dict:
     return {
         "weights": {"a": weight, "tied": weight, "turned": weight.t(), "row": weight[1], "empty": torch.zeros(0, 3)},
         "kinds": [torch.tensor(step), torch.tensor(True), torch.ones(2, dtype=torch.bfloat16), torch.tensor(2**60)],
-        "numbers": (0.1, 1e-300, math.inf, 2**70, -0.0, True, None, "text é"),
+        "numbers": (0.1, 1e-300, math.inf, 2**70, -0.0, True, None, "text é", torch.bfloat16),
         3: {"int key": [], "betas": (0.9, 0.999), ("a", 1): {}},
     }
 
@@ -121,6 +125,78 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert checkpoints.generations == []
     checkpoints.save(4, state())
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["written again", "new"])
+def test_a_kill_between_any_two_file_operations_leaves_a_sound_state_and_no_litter(tmp_path, step):
+    counts = itertools.count()
+    for count in counts:
+        checkpoints = Checkpoints(tmp_path / str(count))
+        for earlier in (1, 2):
+            checkpoints.save(earlier, state(earlier))
+        left = count
+
+        def call(*arguments, real, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:  # and so it goes on: no tidying up either
+                raise Killed
+            return real(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("replace", "fsync", "mkdir", "rmdir", "unlink", "chmod"):
+                patch.setattr(os, name, functools.partial(call, real=getattr(os, name)))
+            try:
+                checkpoints.save(step, state(step))
+                ended = True
+            except Killed:
+                ended = False
+        loaded, note = checkpoints.load()
+        assert note == "" and loaded["kinds"][0] in (step - 1, 2, step)
+        for again in (step, step + 1):
+            checkpoints.save(again, state(again))
+        names = [f"step_{number:08d}" for number in (step, step + 1)]
+        assert sorted(path.name for path in checkpoints.folder.iterdir()) == names, count
+        if ended:
+            break
+    assert count > 10
+
+
+def test_damaged_generations_do_not_push_sound_ones_out(tmp_path):
+    for step in (4, 8):
+        Checkpoints(tmp_path).save(step, state(step))
+    flip(tmp_path / "step_00000008" / TENSORS)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.load()[0]["kinds"][0] == 4
+    checkpoints.save(5, state(5))  # the run goes on from step 4
+    assert checkpoints.kept() == "the state of step 5 is intact"
+    assert checkpoints.load()[0]["kinds"][0] == 5
+
+
+def test_what_is_loaded_does_not_live_in_the_file(tmp_path):
+    """Which will be removed: a file that is still in use keeps its room on the disk, and its folder on NFS."""
+    Checkpoints(tmp_path).save(1, state())
+    loaded = Checkpoints(tmp_path).load()[0]
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not say which files are mapped")
+    assert str(tmp_path) not in maps.read_text() and loaded
+
+
+def test_other_names_are_left_alone(tmp_path):
+    Checkpoints(tmp_path).save(1, state())
+    (tmp_path / "step_00000009 (copy)").mkdir()
+    assert Checkpoints(tmp_path).kept() == "the state of step 1 is intact"
+
+
+def test_a_file_system_without_permissions_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", lambda *arguments, **options: (_ for _ in ()).throw(PermissionError(1, "no")))
+    Checkpoints(tmp_path).save(1, state())
+    assert Checkpoints(tmp_path).load()[1] == ""
 
 
 def test_nothing_that_could_execute_is_written(tmp_path):

@@ -172,7 +172,7 @@ def made_up(alone: list[float], distilled: list[float]) -> Comparison:
     teacher = Fidelity(Accuracy(95.0, 100.0, 0.25, 2000), 1.0, (99.0, 70.0))
     result = Result(None, None, None, None, None, 1, 1.0, Path("run"))
     runs = (
-        tuple(Run(result, fidelity_of(top1, 0.5, (top1, 60.0), teacher)) for top1 in group)
+        tuple(Run(result, fidelity_of(top1, 0.5, (top1, 60.0), teacher), 8000) for top1 in group)
         for group in (alone, distilled)
     )
     return Comparison(tuple(range(len(alone))), ("cat", "dog"), *runs)
@@ -235,6 +235,13 @@ def test_one_seed_shows_no_spread():
     assert "standard deviation" not in found.note() and "standard deviation (n - 1)" in made_up([1, 2], [3, 4]).note()
 
 
+def test_images_that_a_loss_holds_out_are_no_secret():
+    found = made_up([80.0], [82.0])
+    assert "holds images out" not in found.note()
+    fewer = replace(found, distilled=tuple(replace(run, trained_images=7200) for run in found.distilled))
+    assert "a loss holds images out: 8,000 train the student alone, 7,200 the distilled one. Cross" in fewer.note()
+
+
 # The files
 
 
@@ -245,7 +252,7 @@ def test_the_json_has_all_of_it(comparison: Comparison, folder: Path):
     assert compare_again["classes"] == list(comparison.classes) and compare_again["settings"]["epochs"] == 2
     runs = compare_again["runs"]["distilled"]
     assert [run["seed"] for run in runs] == compare_again["seeds"]
-    assert runs[-1]["folder"] == "distilled/seed3"
+    assert runs[-1]["folder"] == "distilled/seed3" and runs[-1]["trained_images"] == 64
     assert runs[-1]["fidelity"]["teacher"]["accuracy"]["top1"] == runs[-1]["teacher_top1"]
 
 
@@ -278,6 +285,8 @@ def feature_only(seed: int) -> Distiller:
     ("given", "sentence"),
     [
         ({"seeds": []}, "compare: seeds must be one or more different whole numbers, got (); list each once."),
+        ({"seeds": [0, -1]}, "compare: seeds must be whole numbers >= 0, got (0, -1); give some, such as 0 1 2."),
+        ({"seeds": [0.5]}, "compare: seeds must be whole numbers >= 0, got (0.5,); give some, such as 0 1 2."),
         ({"seeds": [1, 1]}, "compare: seeds must be one or more different whole numbers, got (1, 1); list each once."),
         (
             {"make_distiller": changed(alone=lambda seed: make_distiller(seed + 1, False))},
@@ -298,6 +307,16 @@ def test_mistakes_are_one_sentence_before_training(given, sentence, tiny_data: I
     with pytest.raises(ValueError, match=re.escape(sentence)):
         compare(data=tiny_data, settings=SETTINGS, folder=tmp_path, quiet=True, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_distilled_run_is_refused_for_is_said_before_the_other_is_trained(
+    comparison: Comparison, tiny_data: ImageData, folder: Path, tmp_path: Path
+):
+    shutil.copytree(folder / "distilled" / "seed0", tmp_path / "distilled" / "seed0")
+    longer = replace(SETTINGS, epochs=3)
+    with pytest.raises(ValueError, match="epochs must be 2 as in the run in"):
+        compare(make_distiller, tiny_data, longer, [0], tmp_path, quiet=True)
+    assert not list((tmp_path / "alone").rglob("metrics.jsonl"))
 
 
 def test_one_student_for_both_is_refused(tiny_data: ImageData, tmp_path: Path):

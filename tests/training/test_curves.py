@@ -27,7 +27,9 @@ def test_a_run_draws_its_curves(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "records", [STEPS + EVALUATIONS, STEPS, EVALUATIONS, []], ids=["both", "steps", "scores", "none"]
+    "records",
+    [STEPS + EVALUATIONS, STEPS, EVALUATIONS, [], [*STEPS, {**STEPS[0], "step": 4, "losses": {"late": 1.0}}]],
+    ids=["both", "steps", "scores", "none", "changing"],
 )
 def test_runs_of_every_kind_are_drawn(tmp_path, records):
     pytest.importorskip("matplotlib", reason="curves need the extra `plot`")

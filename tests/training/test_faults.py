@@ -198,6 +198,64 @@ def test_a_signal_saves_and_stops(make_trainer, tmp_path, number, step):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+def test_a_signal_to_all_processes_of_a_job_saves_and_stops_too(make_trainer, tmp_path):
+    """As schedulers and service managers send it: the loader processes, asked as well, bring what the step needs."""
+    options = {"epochs": 2, "batch_size": 4, "accumulation_steps": 8, "num_workers": 2}
+    whole = make_trainer(distiller([KD(), At(-1)]), folder=tmp_path / "whole", **options)
+    whole.fit()
+
+    def ask() -> None:
+        if trainer.interruption.number:
+            return  # once is enough
+        loaders = trainer.train_loader.base_dataloader._iterator._workers
+        subprocess.run(["kill", "-TERM", *(str(each.pid) for each in loaders)], check=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(distiller([KD(), At(0, ask)]), folder=tmp_path / "run", **options)
+    with pytest.raises(Interrupted, match="stopped at step 1 of 4, and its state is saved"):
+        trainer.fit()
+    resumed = make_trainer(distiller([KD(), At(-1)]), folder=tmp_path / "run", resume=True, **options)
+    resumed.fit()
+    assert same_weights(resumed.plain, whole.plain)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"steps": 6}], ids=str)
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(make_trainer, tmp_path, options):
+    options |= {"keep_states": 1, "batch_size": 8, "ema_decay": 0.9}
+    make_trainer(distiller(), folder=tmp_path / "whole", **options).fit()
+    trainer = make_trainer(distiller(), folder=tmp_path / "run", **options)
+    seen = []
+
+    def ask(module, inputs) -> None:
+        if trainer.in_evaluation and trainer.step == trainer.total_steps:
+            seen.append(len(inputs[0]))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.student.register_forward_pre_hook(ask)
+    with pytest.raises(Interrupted, match=f"stopped at step {trainer.total_steps} of "):
+        trainer.fit()
+    assert seen == [8]  # of 32 test images
+    resumed = make_trainer(distiller(), folder=tmp_path / "run", resume=True, **options)
+    assert resumed.in_evaluation
+    resumed.fit()
+    for file in ("student/model.safetensors", "best/model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_a_trainer_that_was_stopped_can_go_on(make_trainer, tmp_path):
+    """In a notebook, after Ctrl-C."""
+    make_trainer(distiller([KD(), At(-1)]), folder=tmp_path / "whole", epochs=2).fit()
+    subject = distiller([KD(), At(1, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    trainer = make_trainer(subject, folder=tmp_path / "run", epochs=2)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    try:
+        assert trainer.fit().num_steps == 8
+    except Interrupted as again:
+        pytest.fail(str(again))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
 def test_a_second_signal_stops_at_once(make_trainer):
     def twice() -> None:
         for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 from pathlib import Path
 
@@ -170,6 +171,36 @@ def test_what_cannot_be_seen_is_said(tmp_path):
     assert facts["similarity"]["note"] and "cka" not in tensors and "teacher.0" not in tensors
     backbone = Distiller(tiny.vit(3), tiny.vit(num_classes=0), ["tinymim"], task_loss=None)
     assert write(backbone, tmp_path / "backbone")[0]["student"]["predictions"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("CUDA out of memory\nTried to allocate"), "RuntimeError: CUDA out of memory"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+)
+def test_a_model_that_fails_does_not_fail_a_finished_run(tmp_path, error, reason):
+    def fail(module, args):
+        if len(args[0]) > 2:  # than a model is tried with beforehand
+            raise error
+
+    distiller = Distiller(tiny.vit(3), tiny.vit(), "kd")
+    distiller.teacher.model.register_forward_pre_hook(fail)
+    facts, tensors = write(distiller, tmp_path)
+    assert facts["teacher"] == {
+        "name": distiller.teacher.name, "kind": None, "layers": [], "note": reason, "predictions": None,
+    }  # fmt: skip
+    assert facts["similarity"]["note"] == reason and facts["student"]["predictions"] is not None
+    assert sorted(tensors) == ["images", "student.0", "student.1"]
+
+
+def test_logits_that_are_no_numbers_are_no_predictions(tmp_path):
+    distiller = Distiller(tiny.vit(3), tiny.vit(), "kd")
+    distiller.teacher.model.head.register_forward_hook(lambda module, args, out: out * math.nan)
+    facts, tensors = write(distiller, tmp_path)
+    assert facts["teacher"]["note"] == "no predictions: its logits are NaN or infinite"
+    assert facts["teacher"]["kind"] == CLASS_TOKEN and facts["teacher"]["predictions"] is None and "cka" in tensors
 
 
 def test_a_stored_teacher_has_no_maps(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdvit import Training
-from kdvit.data import open_data
+from kdvit.data import FASHION_MNIST_TRANSFORM, open_data
 from kdvit.losses import KD, Loss
 from tests.training.conftest import distiller, metrics, newest_state, vit
 
@@ -107,17 +108,53 @@ def test_a_run_whose_state_is_gone_cannot_be_resumed(make_trainer, tmp_path):
         ({"epochs": 4}, "Trainer: epochs must be 1 as in the run in '{folder}', got 4; resume it"),
         (
             {"losses": ["dkd"]},
-            "Trainer: losses must be {{'kd': 'KD(temperature=4.0)'}} as in the run in '{folder}', got",
+            "Trainer: losses.kd must be 'KD(temperature=4.0)' as in the run in '{folder}', got None; resume it",
+        ),
+        (
+            {"task_loss": None},
+            "Trainer: task_loss must be 'cross_entropy' as in the run in '{folder}', got None; resume it",
+        ),
+        ({"teacher": 8}, "Trainer: teachers.0.teacher_weights must be '"),
+        (
+            {"drop_path_rate": 0.5},
+            "Trainer: dropout.blocks.1.drop_path1 must be None as in the run in '{folder}', got ",
+        ),
+        (
+            {"transform": FASHION_MNIST_TRANSFORM},
+            "Trainer: transform.crop_padding must be 2 as in the run in '{folder}', got 0; resume it",
         ),
         ({"depth": 1}, "Trainer: the student must be the one of the run in '{folder}', got one with other weights;"),
     ],
 )
 def test_another_run_cannot_be_resumed(make_trainer, tmp_path, change, sentence):
     make_trainer(distiller(), folder=tmp_path / "run").fit()
-    subject = distiller(change.pop("losses", ["kd"]), **{k: change.pop(k) for k in list(change) if k == "depth"})
+    own = ("depth", "drop_path_rate", "task_loss", "teacher")
+    options = {name: change[name] for name in own if name in change}
+    if "teacher" in options:
+        options["teacher"] = vit(options["teacher"], embed_dim=32)
+    subject = distiller(change.get("losses", ["kd"]), **options)
+    change = {name: value for name, value in change.items() if name not in (*own, "losses")}
     with pytest.raises(ValueError) as caught:
         make_trainer(subject, folder=tmp_path / "run", resume=True, **change)
     assert str(caught.value).startswith(sentence.format(folder=tmp_path / "run"))
+
+
+def test_other_images_of_the_same_name_and_number_are_refused(make_trainer, tiny_data, tmp_path):
+    make_trainer(distiller(), folder=tmp_path / "run").fit()
+    moved = replace(tiny_data, name="elsewhere")
+    assert make_trainer(distiller(), folder=tmp_path / "run", resume=True, data=moved).step == 4
+    other = replace(tiny_data, train=open_data("fashion-mnist-sample").train.subset(range(1000, 1064)))
+    with pytest.raises(ValueError, match=r"Trainer: train.labels must be '"):
+        make_trainer(distiller(), folder=tmp_path / "run", resume=True, data=other)
+
+
+def test_optimizers_that_cannot_be_made_or_used_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="Training: optimizer must do with first derivatives, got 'adahessian', which"):
+        make_trainer(distiller(), optimizer="adahessian")
+    with pytest.raises(
+        ValueError, match=r"Training: optimizer 'fusedlamb' cannot be made here \(.*\); take another, su"
+    ):
+        make_trainer(distiller(), optimizer="fusedlamb")
 
 
 def test_how_a_run_is_watched_may_change(make_trainer, tmp_path):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kdvit.losses import KD, FitNet, ViTKD, make
+from kdvit.losses import KD, FitNet, Loss, ViTKD, make
 from kdvit.training import Trainer
 from tests.training.conftest import distiller, newest_state, same_weights, vit
 
@@ -97,6 +99,21 @@ def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path, options):
         assert getattr(result, field) == getattr(expected, field), field
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     assert differences(*(newest_state(tmp_path / name) for name in ("parts", "whole"))) == []
+
+
+def test_what_is_drawn_from_other_generators_is_resumed_too(make_trainer, tmp_path):
+    class Draws(Loss):
+        def forward(self, student_logits: Tensor) -> Tensor:
+            return (random.random() + np.random.rand()) * student_logits.square().mean()
+
+    def begin(folder: str, blows_at: int | None, **options) -> Trainer:
+        return make_trainer(distiller([(Fuse(blows_at), Draws())]), folder=tmp_path / folder, epochs=2, **options)
+
+    begin("whole", None).fit()
+    with pytest.raises(ConnectionError):
+        begin("parts", 5).fit()
+    begin("parts", None, resume=True).fit()
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
 #: Losses with more than weights: memories, queues, what was fitted before, meta-parameters, a classifier.

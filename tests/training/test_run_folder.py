@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +34,7 @@ def test_the_folder_holds_this_and_no_more(finished):
     files = {str(path.relative_to(result.folder)) for path in result.folder.rglob("*") if path.is_file()}
     assert files == {
         "run.json", "metrics.jsonl", "student/config.json", "student/model.safetensors", "best/config.json",
-        "best/model.safetensors", "timing.jsonl",
+        "best/model.safetensors", "timing.jsonl", ".lock",
         *(f"state/step_0000000{step}/{name}" for step in (4, 8) for name in (TENSORS, STRUCTURE, SUMS)),
     }  # fmt: skip
 
@@ -43,6 +45,7 @@ def test_run_json_says_how_it_was_made(finished):
     assert set(facts) == {
         "written", "command", "python", "versions", "commit", "result", "settings", "transform", "data", "student",
         "teacher", "losses", "weights", "device", "num_processes", "trained_images", "second_transform",
+        "task_loss",
     }  # fmt: skip
     assert facts["versions"] == {name: metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")}
     assert facts["result"] == {**asdict(result), "folder": str(result.folder)}
@@ -174,6 +177,35 @@ def test_missing_metrics_are_named(tmp_path):
     folder.metrics_file.unlink()
     with pytest.raises(ValueError, match=r"metrics.jsonl must have at least the 28 bytes that it had when .*, got 0;"):
         folder.rewind(folder.load_state()[0]["metrics_bytes"], step=1)
+
+
+LOCK = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+
+
+def test_a_folder_serves_one_process_at_a_time(tmp_path):
+    command = [sys.executable, "-S", "-c", LOCK + "print(flush=True); input()", str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"run folder '.*' must be used by one process at a time, but another tra"):
+            RunFolder(tmp_path)
+        other.kill()
+    folder = RunFolder(tmp_path)
+    RunFolder(tmp_path)  # this process may
+
+    def others_may() -> bool:
+        return subprocess.run([sys.executable, "-S", "-c", LOCK, tmp_path / ".lock"], stderr=-3).returncode == 0
+
+    folder.hold()
+    assert not others_may()
+    folder.release()
+    assert others_may()
+
+
+def test_a_run_lets_go_of_its_folder(make_trainer):
+    trainer = make_trainer(distiller())
+    assert trainer.folder._lock is not None and pickle.loads(pickle.dumps(trainer.folder))._lock is None
+    trainer.fit()
+    assert trainer.folder._lock is None
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
