@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -11,9 +10,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nobody keeps two processes from one folder
+    fcntl = None
 
 #: What a failed write raises: the system's errors, and safetensors' own, which has the system's inside.
 WRITE_ERRORS = (OSError, SafetensorError)
@@ -79,21 +82,23 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def lock(path: Path) -> IO:
-    """Open a file that no other process has then; until it is closed, or the process ends, however it ends.
+def lock(path: Path) -> int:
+    """Open a file that no other process has then: until ``os.close`` of what is returned, or the process ends.
 
     Raises:
         BlockingIOError: another process has it.
     """
-    file = path.open("a")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if fcntl is None:
+        return descriptor
     try:
-        # Of this process: no loader process inherits it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Of this process: no loader process inherits it, and a second object of the same notebook may have it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
-            file.close()
+            os.close(descriptor)
             raise BlockingIOError(error.errno, error.strerror) from error
-    return file
+    return descriptor
 
 
 def sha256(path: Path) -> str:

@@ -248,6 +248,7 @@ def test_several_runs_are_laid_over_each_other(tmp_path, run):
     drawn = [line.get("class") for line in accuracy.iter("polyline")]
     assert drawn == ["line baseline", "line c1", "line c0"]  # the subject on top
     assert "The baseline is not trained alike: lr 0.001 against 0.01." in page.text
+    assert not re.search(r"</i>last <b>", page.source)  # each curve is that of a run
     for legend in ("first 80.00 %", "second 82.00 %", "alone 75.00 %", "teacher 90.00 %"):
         assert legend in page.text
     differing = re.findall(r'<tr class="differs"><th>(.*?)</th>', page.source)

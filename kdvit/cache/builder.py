@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -382,8 +383,10 @@ class Builder:
             raise ValueError(
                 f"cache '{self.folder}' cannot be {what} ({why(error)}); choose another folder."
             ) from error
-        with held:
+        try:
             yield
+        finally:
+            os.close(held)
 
     def _begin(self) -> None:
         self._keep_constants()

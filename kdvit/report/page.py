@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from kdvit import __version__
 from kdvit.files import whole_file
-from kdvit.report.chart import Series, area_chart, line_chart, matrix_chart
+from kdvit.report.chart import Points, Series, area_chart, line_chart, matrix_chart
 from kdvit.report.run import Run, read_runs
 from kdvit.report.samples import samples_of
-from kdvit.report.scale import percent, short
+from kdvit.report.scale import Format, percent, short
 
 NUM_COLOURS = 8
 
@@ -238,30 +238,40 @@ def _legend(series: Sequence[Series], format: Any) -> list[tuple[str, str, str]]
     return [(one.name, format(one.points[-1][1]), one.style) for one in series]
 
 
-def _overlaid(styled: Sequence[tuple[Run, str]], points: Any) -> list[Series]:
-    """A curve for each run that has one; the subject is drawn last, on top."""
-    found = [Series(run.name, points(run), style) for run, style in styled]
-    return [one for one in found if one.points]
-
-
 def _card(
-    title: str, series: Sequence[Series], *, format: Any = short, note: str = "", empty: str = "", **options: Any
+    title: str,
+    styled: Sequence[tuple[Run, str]],
+    points: Callable[[Run], Points],
+    *,
+    across: Sequence[Series] = (),
+    format: Format = short,
+    empty: str = "Nothing was recorded.",
+    **options: Any,
 ) -> Card:
-    if not any(one.points for one in series):
-        return Card(title, None, empty=empty or "Nothing was recorded.")
+    """A curve for each run that has one; the subject is drawn last, on top."""
+    series = [Series(run.name, points(run), style) for run, style in styled]
+    series = [one for one in series if one.points]
+    if not series:
+        return Card(title, None, empty=empty)
+    series += across
     legend = _legend(series, format)
-    if len(legend) == 1:  # one run: its name is the page's
+    if len(styled) == len(legend) == 1:  # one run: its name is the page's
         legend = [("last", *legend[0][1:])]
-    on_top = [*reversed(series)]
-    return Card(title, line_chart(on_top, title, format=format, **options), legend, note)
+    return Card(title, line_chart([*reversed(series)], title, format=format, **options), legend)
 
 
 def _accuracy(styled: Sequence[tuple[Run, str]], subject: Run) -> Card:
-    series = _overlaid(styled, lambda run: run.series("top1", run.evaluations))
-    if series and subject.teacher_top1 is not None:
-        series.append(Series("teacher", [(0.0, subject.teacher_top1)], "reference"))
-    empty = "No accuracy: nothing was evaluated, or no classifier was trained."
-    return _card("Accuracy on the test images", series, format=percent, empty=empty, log=False)
+    teacher, empty = subject.teacher_top1, "No accuracy: nothing was evaluated, or no classifier was trained."
+    across = [Series("teacher", [(0.0, teacher)], "reference")] if teacher is not None else []
+    return _card(
+        "Accuracy on the test images",
+        styled,
+        lambda run: run.series("top1", run.evaluations),
+        across=across,
+        format=percent,
+        empty=empty,
+        log=False,
+    )
 
 
 def _gradient_share(run: Run) -> Card | None:
@@ -313,23 +323,23 @@ def _gradient_cosine(run: Run) -> Card | None:
 
 
 def _total(styled: Sequence[tuple[Run, str]]) -> Card | None:
-    series = _overlaid(styled, lambda run: run.series("loss"))
-    return _card("Weighted sum of the losses", series) if series else None
+    card = _card("Weighted sum of the losses", styled, lambda run: run.series("loss"))
+    return card if card.chart else None
 
 
 def _losses(styled: Sequence[tuple[Run, str]]) -> list[Card]:
     return [
-        _card(name, _overlaid(styled, lambda run, name=name: run.series(name, inside="losses")))
+        _card(name, styled, lambda run, name=name: run.series(name, inside="losses"))
         for name in dict.fromkeys(name for run, _ in styled for name in run.names("losses"))
     ]
 
 
 def _learning_rate(styled: Sequence[tuple[Run, str]]) -> Card:
-    return _card("Learning rate", _overlaid(styled, lambda run: run.series("lr")), log=False)
+    return _card("Learning rate", styled, lambda run: run.series("lr"), log=False)
 
 
 def _throughput(styled: Sequence[tuple[Run, str]]) -> Card:
-    return _card("Images a second", _overlaid(styled, lambda run: run.speeds), log=False)
+    return _card("Images a second", styled, lambda run: run.speeds, log=False)
 
 
 def _matrices(run: Run) -> list[Card]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -20,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from kdvit.files import WRITE_ERRORS, whole_files, why, write_whole
+from kdvit.files import WRITE_ERRORS, lock, whole_files, why, write_whole
 from kdvit.models import save_model
 from kdvit.training.checkpoints import Checkpoints
 
@@ -69,16 +67,13 @@ class RunFolder:
         """Keep other processes out; their states and metrics would get mixed up with ours."""
         if self._lock is not None:
             return
-        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Of this process: no loader process inherits it, and a second Trainer of the same notebook may have it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
-                raise ValueError(
-                    f"run folder '{self.path}' must be used by one process at a time, but another trains in it; wait "
-                    "for it, or choose another folder."
-                ) from error
+            self._lock = lock(self.path / ".lock")
+        except BlockingIOError as error:
+            raise ValueError(
+                f"run folder '{self.path}' must be used by one process at a time, but another trains in it; wait for "
+                "it, or choose another folder."
+            ) from error
 
     def release(self) -> None:
         """Let other processes use it."""

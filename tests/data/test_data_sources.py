@@ -282,7 +282,7 @@ def no_rows(make, tmp):
 
 WRONG_SOURCES = [
     ("fashion-mnst", "unknown data source 'fashion-mnst'; did you mean 'fashion-mnist'\\? Known: fashion-mnist, "
-     "fashion-mnist-sample, fashion-mnist:FOLDER; or give a folder of images, parquet or tar shards, a .parquet file, or"),
+     "fashion-mnist-sample, fashion-mnist:FOLDER; or give a folder of images, parquet or tar shards, a .parquet"),
     ("zzz", "unknown data source 'zzz'; Known: fashion-mnist, "),
     ("fashion-mnist:no-folder", "data: folder 'no-folder' must exist, got none; give the folder that holds the"),
     ("org/name", r"data: 'org/name' must be a folder here or a data set that the Hugging Face hub can give, got .*; "
