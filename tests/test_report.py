@@ -248,12 +248,18 @@ def test_several_runs_are_laid_over_each_other(tmp_path, run):
     drawn = [line.get("class") for line in accuracy.iter("polyline")]
     assert drawn == ["line baseline", "line c1", "line c0"]  # the subject on top
     assert "The baseline is not trained alike: lr 0.001 against 0.01." in page.text
-    assert not re.search(r"</i>last <b>", page.source)  # each curve is that of a run
     for legend in ("first 80.00 %", "second 82.00 %", "alone 75.00 %", "teacher 90.00 %"):
         assert legend in page.text
     differing = re.findall(r'<tr class="differs"><th>(.*?)</th>', page.source)
     assert differing == ["teacher", "lr"]
     assert [tag for tag, facts in page.tags].count("polyline") == 3 + 1 + 3 * 5
+
+
+def test_a_curve_of_one_of_several_runs_names_it(tmp_path, run):
+    second = make_run(tmp_path / "second")
+    with (second / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 50, "losses": {"other": 7.5}}\n')
+    assert "other second 7.5" in report(run, second).text and "other last 7.5" in report(second).text
 
 
 def test_a_baseline_among_the_runs_is_drawn_once(tmp_path, run):

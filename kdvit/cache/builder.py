@@ -32,8 +32,7 @@ from kdvit.taps.reader import Request
 from kdvit.training.display import Display
 from kdvit.training.evaluation import evaluate
 from kdvit.training.fidelity import teacher_prediction
-from kdvit.training.held_out import HeldOut
-from kdvit.training.preparation import make_accelerator, transform_for
+from kdvit.training.preparation import make_accelerator, split_of, transform_for
 from kdvit.training.settings import Training
 from kdvit.wrappers import Teacher
 
@@ -124,7 +123,7 @@ def plan(
             )
     data.check(num_images=16)
     transform = transform or transform_for(distiller.student)
-    _, split = HeldOut.of(distiller, data.train, settings, transform, accelerator)
+    split, _ = split_of(distiller, data.train, settings, accelerator.num_processes)
     return [
         Builder(
             Path(folder) / f"teacher-{place}" if len(live) > 1 else Path(folder),
@@ -272,11 +271,8 @@ class Builder:
     def _num_epochs(self, augmentation_epochs: int | None) -> int:
         """How many epochs are stored: those of the training, or those that it replays."""
         settings = self.settings
-        if settings.epochs is not None:
-            num_epochs = settings.epochs
-        else:
-            batches = len(self.dataset) // settings.batch_size // self.accelerator.num_processes
-            num_epochs = math.ceil(settings.steps / max(1, math.ceil(batches / settings.accumulation_steps)))
+        batches = len(self.dataset) // settings.batch_size // self.accelerator.num_processes
+        num_epochs = settings.length(max(1, batches)).num_epochs
         if augmentation_epochs is None:
             return num_epochs
         if not 1 <= augmentation_epochs <= num_epochs:

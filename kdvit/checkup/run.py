@@ -10,17 +10,14 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kdvit.bilevel import Bilevel
-from kdvit.cache.fingerprint import of_job
-from kdvit.cache.teacher import StoredTeacher
 from kdvit.checkup.examination import check
 from kdvit.checkup.findings import Checkup
 from kdvit.checkup.plan import Plan
-from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
+from kdvit.data import ImageData, ImageSplit, TransformSettings, make_loader
 from kdvit.data.randomness import legacy_generator
 from kdvit.distiller import Distiller
 from kdvit.training import Training, stronger, transform_for
-from kdvit.training.preparation import make_optimizer
+from kdvit.training.preparation import check_classes, check_stored, make_mixer, make_optimizer, split_of
 
 #: Test images that a teacher is judged by: a standard deviation of 2 points at most.
 NUM_JUDGED = 512
@@ -46,12 +43,12 @@ def check_training(
     Raises:
         ValueError: what the Trainer would refuse.
     """
-    _check_fits(distiller, data, settings)
+    check_classes(distiller, data)
     device = PartialState().device
     if settings.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("Training: mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'; take one of them.")
     transform = transform or transform_for(distiller.student)
-    train = _trained_on(distiller, data.train, settings)
+    train, _ = split_of(distiller, data.train, settings)
     load = partial(make_loader, transform=transform, seed=settings.seed)
     loader = load(
         train,
@@ -62,20 +59,14 @@ def check_training(
         rows=distiller.stored_rows,
         augmentation_epochs=distiller.augmentation_epochs,
     )
-    steps_per_epoch = math.ceil(len(loader) / settings.accumulation_steps)
-    num_steps = settings.steps or settings.epochs * steps_per_epoch
-    num_epochs = math.ceil(num_steps / steps_per_epoch)
-    num_evaluations = math.ceil(num_epochs / settings.evaluate_epochs)
-    stored = [teacher for teacher in distiller.teachers if isinstance(teacher, StoredTeacher)]
-    if stored:
-        job = of_job(train, transform, settings, holds_out=len(train) < len(data.train))
-        for teacher in stored:
-            teacher.check_job(job, num_epochs)
+    length = settings.length(len(loader))
+    num_evaluations = math.ceil(length.num_epochs / settings.evaluate_epochs)
+    check_stored(distiller, data, train, transform, settings, length.num_epochs)
     plan = Plan(
         optimizer=partial(make_optimizer, settings=settings),
         mixed_precision=settings.mixed_precision,
-        num_steps=num_steps,
-        num_epochs=num_steps / steps_per_epoch,
+        num_steps=length.total_steps,
+        num_epochs=length.total_steps / length.steps_per_epoch,
         accumulation_steps=settings.accumulation_steps,
         num_workers=settings.num_workers,
         num_train_images=len(train),
@@ -93,30 +84,6 @@ def check_training(
     )
 
 
-def _check_fits(distiller: Distiller, data: ImageData, settings: Training) -> None:
-    if distiller.num_classes is None:
-        return
-    if distiller.num_classes != len(data.classes):
-        raise ValueError(
-            f"Trainer: data '{data.name}' has {len(data.classes)} classes but student '{distiller.student.name}' has "
-            f"{distiller.num_classes}; make the student with num_classes={len(data.classes)}."
-        )
-    for split in (data.train, data.test):
-        check_labels(split, distiller.num_classes)
-
-
-def _trained_on(distiller: Distiller, train: ImageSplit, settings: Training) -> ImageSplit:
-    """The training images, without those that the Trainer would hold out."""
-    if Bilevel(distiller) or any(loss.calibrate is not None for loss in distiller.losses.values()):
-        train, _ = train.hold_out(settings.held_out_ratio, settings.seed)
-    if settings.batch_size > len(train):
-        raise ValueError(
-            f"Training: batch_size must be at most the {len(train)} training images, got {settings.batch_size}; use "
-            "smaller batches."
-        )
-    return train
-
-
 def _drawn(test: ImageSplit) -> ImageSplit:
     """Some test images of all classes, in random order: in a folder they are sorted by class."""
     balanced = test.subset(min(NUM_JUDGED, len(test)))
@@ -126,15 +93,7 @@ def _drawn(test: ImageSplit) -> ImageSplit:
 def _mixed(loader: DataLoader, settings: Training, num_classes: int) -> Iterator[dict[str, Tensor]]:
     """The batches of the first epoch, mixed as in training."""
     loader.batch_sampler.set_epoch(0)
-    mixer = None
-    if settings.mixup_alpha or settings.cutmix_alpha or settings.label_smoothing:
-        mixer = BatchMixer(
-            settings.mixup_alpha,
-            settings.cutmix_alpha,
-            num_classes=num_classes,
-            label_smoothing=settings.label_smoothing,
-            seed=settings.seed,
-        )
+    mixer = make_mixer(settings, num_classes)
     for batch in loader:
         if mixer is not None:
             views = [view for view in ("image", "second_image") if view in batch]

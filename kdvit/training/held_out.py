@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from kdvit.bilevel import Bilevel
 from kdvit.calibration import calibrate
-from kdvit.data import EpochBatchSampler, ImageSplit, TransformSettings, make_loader
+from kdvit.data import ImageSplit, TransformSettings, make_loader
 from kdvit.distiller import Distiller
 from kdvit.training.settings import Training
 
@@ -21,37 +21,30 @@ class HeldOut:
 
     Args:
         distiller: holds the losses; the plain one, not wrapped by DDP.
+        split: the held-out images; None where no loss asks for them.
+        settings: of the run.
+        transform: as in training: a temperature suits a strength of augmentation.
+        accelerator: shares the batches out.
     """
 
-    def __init__(self, distiller: Distiller) -> None:
-        self.distiller, self.bilevel = distiller, Bilevel(distiller)
-        #: Of the held-out images; None where no loss asks for them.
-        self.loader: DataLoader | None = None
-        self._order: EpochBatchSampler | None = None
-        self._batches: Iterator[dict[str, Tensor]] = iter(())
-        self._drawn = 0  # batches of the running epoch
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         distiller: Distiller,
-        train: ImageSplit,
+        split: ImageSplit | None,
         settings: Training,
         transform: TransformSettings,
         accelerator: Accelerator,
-    ) -> tuple[HeldOut, ImageSplit]:
-        """(it, the images that are left for training)."""
-        self = cls(distiller)
-        # Also where a loss is calibrated already: what it was fitted on must not be trained on in a later run.
-        if not (self.bilevel or any(loss.calibrate is not None for loss in distiller.losses.values())):
-            return self, train
-        kept, held_out = train.hold_out(settings.held_out_ratio, settings.seed)
-        batch_size = min(settings.batch_size, max(1, len(held_out) // accelerator.num_processes))
-        # Augmented as in training: a temperature suits a strength of augmentation.
-        loader = make_loader(held_out, transform, batch_size=batch_size, seed=settings.seed, train=True)
+    ) -> None:
+        self.distiller, self.bilevel = distiller, Bilevel(distiller)
+        self.loader: DataLoader | None = None
+        self._batches: Iterator[dict[str, Tensor]] = iter(())
+        self._drawn = 0  # batches of the running epoch
+        if split is None:
+            return
+        batch_size = min(settings.batch_size, max(1, len(split) // accelerator.num_processes))
+        loader = make_loader(split, transform, batch_size=batch_size, seed=settings.seed, train=True)
         self._order, self.loader = loader.batch_sampler, accelerator.prepare(loader)
         self._num_batches, self._num_processes = len(self.loader), accelerator.num_processes
-        return self, kept
 
     def calibrate(self) -> None:
         """One pass over the held-out images, before training."""

@@ -1,4 +1,4 @@
-"""What a run is made of before it starts: the accelerator, the optimizer, the transforms."""
+"""What a run is made of before it starts: the accelerator, the images, the optimizer, the transforms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration
 
-from kdvit.data import TransformSettings
+from kdvit.bilevel import Bilevel
+from kdvit.cache.fingerprint import of_job
+from kdvit.cache.teacher import StoredTeacher
+from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels
 from kdvit.distiller import Distiller
 from kdvit.signals import nearest
 from kdvit.training.settings import Training
@@ -27,6 +30,74 @@ def make_accelerator(settings: Training, folder: str | Path) -> Accelerator:
         gradient_accumulation_steps=settings.accumulation_steps,
         log_with=check_trackers(settings.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(folder) / "trackers")),
+    )
+
+
+def check_classes(distiller: Distiller, data: ImageData) -> None:
+    """
+    Raises:
+        ValueError: classes of data and student differ, or a label is out of range.
+    """
+    if distiller.num_classes is None:
+        return
+    if distiller.num_classes != len(data.classes):
+        raise ValueError(
+            f"Trainer: data '{data.name}' has {len(data.classes)} classes but student '{distiller.student.name}' has "
+            f"{distiller.num_classes}; make the student with num_classes={len(data.classes)}."
+        )
+    for split in (data.train, data.test):
+        check_labels(split, distiller.num_classes)
+
+
+def check_stored(
+    distiller: Distiller,
+    data: ImageData,
+    trained: ImageSplit,
+    transform: TransformSettings,
+    settings: Training,
+    num_epochs: int,
+) -> None:
+    """
+    Raises:
+        ValueError: a stored teacher was not made for these very images.
+    """
+    stored = [teacher for teacher in distiller.teachers if isinstance(teacher, StoredTeacher)]
+    if stored:  # hashing images is not for nothing
+        job = of_job(trained, transform, settings, holds_out=len(trained) < len(data.train))
+        for teacher in stored:
+            teacher.check_job(job, num_epochs)
+
+
+def split_of(
+    distiller: Distiller, train: ImageSplit, settings: Training, num_processes: int = 1
+) -> tuple[ImageSplit, ImageSplit | None]:
+    """(the images to train on, those that are held out where a loss asks for such).
+
+    Raises:
+        ValueError: they are fewer than one batch.
+    """
+    held_out = None
+    # Also where a loss is calibrated already: what it was fitted on must not be trained on in a later run.
+    if Bilevel(distiller) or any(loss.calibrate is not None for loss in distiller.losses.values()):
+        train, held_out = train.hold_out(settings.held_out_ratio, settings.seed)
+    if settings.batch_size * num_processes > len(train):
+        raise ValueError(
+            f"Training: batch_size must be at most the {len(train)} training images over {num_processes} process(es), "
+            f"got {settings.batch_size}; use smaller batches."
+        )
+    return train, held_out
+
+
+def make_mixer(settings: Training, num_classes: int) -> BatchMixer | None:
+    """What mixes batches and smooths labels; None where nothing does."""
+    if not (settings.mixup_alpha or settings.cutmix_alpha or settings.label_smoothing):
+        return None
+    return BatchMixer(
+        settings.mixup_alpha,
+        settings.cutmix_alpha,
+        num_classes=num_classes,
+        label_smoothing=settings.label_smoothing,
+        seed=settings.seed,
     )
 
 

@@ -7,6 +7,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long a run is: optimizer steps of an epoch and of all, and epochs, the last of which may end early."""
+
+    steps_per_epoch: int
+    total_steps: int
+    num_epochs: int
+
+
+@dataclass(frozen=True)
 class Training:
     """Settings of a run. The defaults suit a ViT of any size; published recipes say what differs.
 
@@ -115,3 +124,9 @@ class Training:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"Training: ema_decay must be in (0, 1), got {self.ema_decay}; try 0.999, or None.")
+
+    def length(self, batches_per_epoch: int) -> Length:
+        """How long a run is in which a process has so many batches an epoch."""
+        steps_per_epoch = math.ceil(batches_per_epoch / self.accumulation_steps)
+        total_steps = self.steps or self.epochs * steps_per_epoch
+        return Length(steps_per_epoch, total_steps, math.ceil(total_steps / steps_per_epoch))

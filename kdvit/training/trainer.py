@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from kdvit.cache.fingerprint import of_job
 from kdvit.cache.teacher import StoredTeacher
 from kdvit.cost import device_name
-from kdvit.data import BatchMixer, ImageData, ImageSplit, TransformSettings, check_labels, make_loader
+from kdvit.data import ImageData, TransformSettings, make_loader
 from kdvit.data.randomness import legacy_generator
 from kdvit.distiller import Distiller, DistillerOutput
 from kdvit.signals import Progress
@@ -35,7 +34,16 @@ from kdvit.training.identity import check_same, identity_of, summary_of
 from kdvit.training.insight import sample_batch, write_insight
 from kdvit.training.interruption import Interrupted, Interruption, obey_parent_alone
 from kdvit.training.launch import autocast_alone, check_launch
-from kdvit.training.preparation import make_accelerator, make_optimizer, stronger, transform_for
+from kdvit.training.preparation import (
+    check_classes,
+    check_stored,
+    make_accelerator,
+    make_mixer,
+    make_optimizer,
+    split_of,
+    stronger,
+    transform_for,
+)
 from kdvit.training.run_folder import RunFolder
 from kdvit.training.settings import Training
 from kdvit.training.trackers import finish_trackers, start_trackers, track
@@ -98,7 +106,7 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.data, self.settings, self.title = data, settings, title
-        self._check_classes(distiller)
+        check_classes(distiller, data)
         data.check(num_images=64)
         self.accelerator = make_accelerator(settings, folder)
         check_launch(self.accelerator, distiller)
@@ -115,18 +123,6 @@ class Trainer:
         self.plain = distiller
         self._prepare()
         self.note = self._load_state() if self.folder.resumes else ""
-
-    def _check_classes(self, distiller: Distiller) -> None:
-        if distiller.num_classes is None:
-            return
-        if distiller.num_classes != len(self.data.classes):
-            raise ValueError(
-                f"Trainer: data '{self.data.name}' has {len(self.data.classes)} classes but student "
-                f"'{distiller.student.name}' has {distiller.num_classes}; make the student with "
-                f"num_classes={len(self.data.classes)}."
-            )
-        for split in (self.data.train, self.data.test):
-            check_labels(split, distiller.num_classes)
 
     def _open_folder(self, folder: str | Path, resume: bool) -> RunFolder:
         """The main process looks first; what it finds wrong, every process raises."""
@@ -146,13 +142,9 @@ class Trainer:
         from timm.scheduler import CosineLRScheduler
 
         settings, num_processes = self.settings, self.accelerator.num_processes
-        self.held_out, train_split = HeldOut.of(self.plain, self.data.train, settings, self.transform, self.accelerator)
+        train_split, held_out = split_of(self.plain, self.data.train, settings, num_processes)
+        self.held_out = HeldOut(self.plain, held_out, settings, self.transform, self.accelerator)
         self.plain.allocate(len(train_split))
-        if settings.batch_size * num_processes > len(train_split):
-            raise ValueError(
-                f"Training: batch_size must be at most the {len(train_split)} training images over "
-                f"{num_processes} process(es), got {settings.batch_size}; use smaller batches."
-            )
         load = partial(make_loader, batch_size=settings.batch_size, seed=settings.seed, transform=self.transform)
         train = load(
             train_split,
@@ -176,10 +168,9 @@ class Trainer:
         )
         self.weights.start()
         self.batches_per_epoch = len(self.train_loader)
-        self.steps_per_epoch = math.ceil(self.batches_per_epoch / settings.accumulation_steps)
-        self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
-        self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        self._check_stored(train_split)
+        length = settings.length(self.batches_per_epoch)
+        self.steps_per_epoch, self.total_steps, self.num_epochs = astuple(length)
+        check_stored(self.plain, self.data, train_split, self.transform, settings, self.num_epochs)
         warmup_steps = min(round(settings.warmup_epochs * self.steps_per_epoch), self.total_steps // 2)
         self.scheduler = CosineLRScheduler(
             optimizer,
@@ -200,7 +191,7 @@ class Trainer:
             second_transform=self.second_transform,
             num_processes=num_processes,
         )
-        self.mixer = self._mixer()
+        self.mixer = make_mixer(settings, len(self.data.classes))
         #: Steps and epochs that are done, and batches of the epoch that is not.
         self.step = self.epoch = self.batch = 0
         #: Whether the last epoch's steps are done, but not its evaluation.
@@ -212,26 +203,6 @@ class Trainer:
         self.teachers: list[Accuracy | None] | None = None
         self.accuracy: Accuracy | None = None
         self.best: tuple[float, int] | None = None
-
-    def _check_stored(self, split: ImageSplit) -> None:
-        """Stored teachers must have been made for these very images."""
-        stored = [teacher for teacher in self.plain.teachers if isinstance(teacher, StoredTeacher)]
-        if stored:
-            job = of_job(split, self.transform, self.settings, holds_out=len(split) < len(self.data.train))
-            for teacher in stored:
-                teacher.check_job(job, self.num_epochs)
-
-    def _mixer(self) -> BatchMixer | None:
-        settings = self.settings
-        if not (settings.mixup_alpha or settings.cutmix_alpha or settings.label_smoothing):
-            return None
-        return BatchMixer(
-            settings.mixup_alpha,
-            settings.cutmix_alpha,
-            num_classes=len(self.data.classes),
-            label_smoothing=settings.label_smoothing,
-            seed=settings.seed,
-        )
 
     @property
     def ema(self) -> nn.Module | None:
@@ -253,6 +224,8 @@ class Trainer:
             return self._fit()
         finally:
             self.folder.release()
+            for loader in (self.train_loader, self.test_loader):
+                _end_processes(loader.base_dataloader)
 
     def _fit(self) -> Result:
         self.started = time.perf_counter() - self.seconds
@@ -588,3 +561,10 @@ class Trainer:
                 std=self.transform.std,
                 model=self.student,
             )
+
+
+def _end_processes(loader: DataLoader) -> None:
+    """The persistent ones, which would live on until Python's garbage collector finds them, and then end slowly."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 
 import pytest
 import timm
@@ -296,3 +297,10 @@ def test_images_that_are_not_square_are_refused():
 def whole(data, transform: TransformSettings) -> tuple[Tensor, Tensor]:
     batch = next(iter(make_loader(data.test, transform, batch_size=len(data.test), train=False)))
     return batch["image"], batch["label"]
+
+
+def test_no_loader_process_outlives_its_run(make_trainer):
+    before = set(multiprocessing.active_children())
+    trainer = make_trainer(distiller(), num_workers=1)
+    trainer.fit()
+    assert set(multiprocessing.active_children()) == before
