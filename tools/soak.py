@@ -11,6 +11,7 @@ Result      every file of every run equals that of the run that was left alone, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -37,11 +38,16 @@ def command(output: Path, processes: int, workers: int) -> list[str]:
 
 def start(output: Path, processes: int, workers: int) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    # In a group of its own: with a launcher, all its processes are killed together, as by a power cut.
     return subprocess.Popen(
-        command(output, processes, workers), env=environment, start_new_session=True,
+        command(output, processes, workers), env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def descendants(process: int) -> list[int]:
+    """All processes that a process started, and so on."""
+    children = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()
+    return [each for child in map(int, children) for each in (child, *descendants(child))]
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -58,12 +64,16 @@ def kill(process: subprocess.Popen, output: Path, delay: float | None) -> str | 
             finish(process)
             return None
         time.sleep(1e-3)
-    os.killpg(process.pid, signal.SIGKILL)
+    # All together, as by a power cut: a launcher's processes are in sessions of their own, and would train on.
+    for each in (*descendants(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
     process.wait()
     return "while a state was written" if list(output.glob("state/.step_*.tmp/*")) else "between writes"
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves, byte by byte, but what the clock and the folder's name are in."""
     found = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

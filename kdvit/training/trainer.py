@@ -541,7 +541,9 @@ class Trainer:
         )
         if self.is_main:
             self._write_summary(result)
-            draw_curves(self.folder.metrics(), self.folder.path / "curves.png", result.teacher_top1)
+            curves = self.folder.path / "curves.png"
+            with self.folder.written(curves):
+                draw_curves(self.folder.metrics(), curves, result.teacher_top1)
             if self.weights.are_whole:
                 self._write_insight()
         finish_trackers(self.accelerator)

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.processes import REPOSITORY
 
-
-def files(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves, byte by byte, but what the clock and the folder's name are in."""
-    found = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("timing.jsonl", "run.json")
-    }
-    summary = json.loads((folder / "run.json").read_text())
-    for name in ("written", "command"):
-        del summary[name]
-    for name in ("seconds", "folder"):
-        del summary["result"][name]
-    return {**found, "run.json": json.dumps(summary).encode()}
+#: All that a run leaves, byte by byte, but what the clock and the folder's name are in.
+files = runpy.run_path(str(REPOSITORY / "tools" / "soak.py"))["files"]
 
 
 @pytest.mark.parametrize("num_kills", [12, pytest.param(100, marks=pytest.mark.slow)])
