@@ -22,6 +22,8 @@ from kdvit.cache import StoredTeacher, build
 from kdvit.data import FASHION_MNIST_TRANSFORM, ImageData
 
 KD, VITKD = RESPONSE_METHODS["kd"], Method(one("vitkd"), 1.0, VIT)
+#: At its published weights ViTKD has less than 1 % of the gradient here, so that its teacher's rounding cannot be seen.
+STRONG = Method(one("vitkd", 100.0), 1.0, VIT)
 #: Method, and the form in which its teacher is stored; None: live.
 ROWS: dict[str, tuple[Method, str | None]] = {
     "labels alone": (RESPONSE_METHODS["alone"], None),
@@ -32,6 +34,9 @@ ROWS: dict[str, tuple[Method, str | None]] = {
     "vitkd": (VITKD, None),
     "vitkd, fp16": (VITKD, "fp16"),
     "vitkd, int8": (VITKD, "int8"),
+    "100 vitkd": (STRONG, None),
+    "100 vitkd, fp16": (STRONG, "fp16"),
+    "100 vitkd, int8": (STRONG, "int8"),
 }
 
 
