@@ -78,7 +78,10 @@ def _build(argv: Sequence[str]) -> None:
         return
     check_space(arguments.folder, builders)
     for builder in builders:
-        builder.run(show=shows)
+        try:
+            builder.run(show=shows)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt("stopped; whole shards are kept, and the same command goes on.") from stop
         if shows:
             print(f"whole: {_count(len(builder.units), 'shard')}; train with --stored-teacher {builder.folder}")
 

@@ -134,3 +134,9 @@ def test_help_of_building(capsys):
         main(["cache", "build", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "usage: kdvit cache build" in text and "--augmentation-epochs K" in text and "--warmup-epochs FLOAT" in text
+
+
+def test_ctrl_c_says_that_building_goes_on(call, monkeypatch):
+    monkeypatch.setattr("kdvit.cache.builder.Builder.run", lambda self, show: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, out = call("cache", "build", "a")
+    assert code == 130 and out.endswith("kdvit: stopped; whole shards are kept, and the same command goes on.\n")
