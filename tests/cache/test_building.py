@@ -103,7 +103,7 @@ def test_a_building_that_is_killed_before_it_has_a_manifest_goes_on(left, store,
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / left).write_text("{")
     folder = store(["fitnet"], form="project8", folder=tmp_path / "a").folder
-    StoredTeacher(folder, verify=True)
+    assert StoredTeacher(folder, verify=True).manifest.complete
 
 
 @pytest.mark.slow
